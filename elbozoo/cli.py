@@ -1,0 +1,492 @@
+"""The command line: train, evaluate, compare, report, list, demo.
+
+The options are the fields of dataclasses, those of the models, objectives, gradients and shapes among them
+(:mod:`elbozoo.options`); their help is the docstrings'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shlex
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from elbozoo import options
+from elbozoo._version import __version__
+from elbozoo.benchmarks import datasets
+from elbozoo.guides import Family
+from elbozoo.inference import ELBO, IWAE, Adam, AnnealedKL, ElbozooError, FreeBits, Objective, Run, fit, storage
+from elbozoo.inference.errors import CorruptFile, must
+from elbozoo.inference.evaluation import Evaluation, PerDatum, evaluate
+from elbozoo.inference.parts import one_of
+from elbozoo.inference.training import CHECKPOINT, WEIGHTS, prepare
+from elbozoo.zoo import MLP, VAE, Bernoulli, Likelihood, Network, Spec
+
+out = Console(highlight=False)
+
+
+def say(text: str) -> None:
+    out.print(text, markup=False, soft_wrap=True)
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Images to train on and images to evaluate on, flat, with what they settle about a model."""
+
+    name: str
+    train: np.ndarray
+    test: np.ndarray
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, name: str, data_dir: Path | None = None, split: str = "test") -> Data:
+        """A data set by name, or an .npy file, all of whose rows are for training and for evaluation."""
+        if not name.endswith(".npy"):
+            found = datasets.load(name, split=split, data_dir=data_dir)
+            facts = {"data_dim": found.train.shape[1], "image_shape": (1, *found.image_shape), "levels": found.levels}
+            return cls(name, found.train, found.test, facts)
+        path = Path(name).expanduser().resolve()
+        array = datasets.load_array(path)
+        if array.ndim < 2 or not array.size:
+            raise must(str(path), "hold data as rows of an array", f"shape {array.shape}", "Save an array (N, D) or (N, H, W)")
+        flat = array.reshape(len(array), -1)
+        facts: dict[str, Any] = {"data_dim": flat.shape[1]}
+        if array.ndim == 3:
+            facts["image_shape"] = (1, *array.shape[1:])
+        return cls(str(path), flat, flat, facts)
+
+
+def left_out(metavar: str) -> Any:
+    """How the help shows an option whose default is None: what that means is in its text."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+DATA = "{" + ",".join(datasets.NAMES) + "}|FILE.npy"
+BINARIZATIONS = "{none,stochastic,static,threshold}"
+
+
+# --- train ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model and write its run folder.
+
+    Args:
+        data: a data set by name, or an .npy file with one datum a row (all of them are trained on).
+        data_dir: folder with the data sets' files; else ELBOZOO_DATA, else a cache into which they are fetched.
+        valid: held-out data for a bound after every epoch: validation (the end of a named data set's training images, which are then not trained on)
+            or an .npy file.
+        engine: numpyro (JAX) or pyro (PyTorch); the one that is installed, numpyro where both are.
+        epochs: passes over the data.
+        batch_size: data a minibatch.
+        seed: fixes initial weights, order and noise.
+        binarize: how grey pixels become the zeros and ones of a Bernoulli likelihood: stochastic redraws them at every step, static draws them once,
+            threshold cuts at one half. Left out: stochastic for grey pixels under a Bernoulli, none otherwise.
+        replicates: train this many seeds (on JAX at once), each into a folder replicate-<r>.
+        early_stopping: stop when the held-out bound has not risen for this many epochs (needs --valid).
+        out: the run folder; runs/<model>-<data>-<objective> if left out.
+        resume: go on from the checkpoint in the run folder, bit for bit as if never stopped; start where there is none.
+        checkpoint_every: epochs between checkpoints.
+        device: cpu, gpu, cuda, …; the library's default if left out.
+        progress: show a progress bar.
+    """
+
+    data: Annotated[str, tyro.conf.arg(metavar=DATA)] = "digits"
+    data_dir: Annotated[Path | None, left_out("FOLDER")] = None
+    valid: Annotated[str | None, left_out("validation|FILE.npy")] = None
+    engine: Literal["numpyro", "pyro"] = "numpyro" if find_spec("numpyro") or not find_spec("pyro") else "pyro"
+    epochs: int = 10
+    batch_size: int = 128
+    seed: int = 0
+    binarize: Annotated[Literal["none", "stochastic", "static", "threshold"] | None, left_out(BINARIZATIONS)] = None
+    replicates: Annotated[int | None, left_out("INT")] = None
+    early_stopping: Annotated[int | None, left_out("INT")] = None
+    out: Annotated[Path | None, left_out("FOLDER")] = None
+    resume: bool = False
+    checkpoint_every: int = 1
+    device: Annotated[str | None, left_out("NAME")] = None
+    progress: bool = True
+
+    def __call__(self, command: str) -> None:
+        groups = [getattr(self, name) for name in ("model", "objective", "optimizer")]
+        given = {f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)}
+        data = Data.read(self.data, self.data_dir, "validation" if self.valid == "validation" else "test")
+        spec, objective, optimizer = options.assemble(self.spec_class, given, data.facts)
+        names = [options.command_name(type(spec)), Path(self.data).stem, given["objective"], *given["shape"]]
+        folder = self.out or Path("runs") / "-".join(names)
+        if (folder / CHECKPOINT).exists() and not self.resume:
+            raise must("--out", "be a folder without an earlier run", folder, "Add --resume to go on with it, or give another --out")
+        binarize = self.binarize or binarization(spec, data.train)
+        valid = None if self.valid is None else data.test if self.valid == "validation" else Data.read(self.valid).test
+
+        say(f"{options.command_name(type(spec))} on {len(data.train)} data of {self.data}, in {self.engine}, into {folder}")
+        if binarize != "none":
+            say(f"Grey pixels become zeros and ones: --binarize {binarize}.")
+        try:
+            found = fit(
+                getattr(spec, self.engine)(), data.train, objective=objective, optimizer=optimizer, epochs=self.epochs, batch_size=self.batch_size,
+                seed=self.seed, valid=valid, binarize=binarize, replicates=self.replicates, early_stopping=self.early_stopping, directory=folder,
+                resume=self.resume, checkpoint_every=self.checkpoint_every, device=self.device, progress=self.progress,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise Interrupted(folder, command) from None
+        runs = found if isinstance(found, list) else [found]
+        for r, run in enumerate(runs):
+            run.config |= {"data": data.name, "image_shape": data.facts.get("image_shape"), "command": command}
+            last, place = run.history[-1], folder / f"replicate-{r}" if self.replicates else folder
+            run.save(place)
+            say(f"{place}: epoch {last['epoch']}, bound {last['bound']:.2f} nats, rate {last['rate']:.2f}, distortion {last['distortion']:.2f}")
+        say(f"Next: elbozoo evaluate {shlex.quote(str(place))}")
+
+
+class Interrupted(Exception):
+    """Ctrl-C while training."""
+
+    def __init__(self, folder: Path, command: str):
+        saved = f"the last checkpoint is in {folder}" if (folder / CHECKPOINT).exists() else "there was no checkpoint yet"
+        command = command if "--resume" in command else f"{command} --resume"
+        super().__init__(f"{saved}; go on with: {command}")
+
+
+def binarization(spec: Spec, x: np.ndarray) -> str:
+    """What grey pixels need: "stochastic" under a Bernoulli likelihood, else "none"."""
+    grey = isinstance(getattr(spec, "likelihood", None), Bernoulli) and not np.isin(x, (0, 1)).all()
+    return "stochastic" if grey else "none"
+
+
+def train_command(spec: type[Spec]) -> type[Train]:
+    """``Train`` with the options of one model, and of everything that an objective can be made of."""
+    defaults = {f.name: f.default_factory for f in dataclasses.fields(spec) if callable(f.default_factory)}
+    pieces = {o: (kind, options.command_name(type(defaults[o]()))) for o, kind in options.nested(spec).items()}
+    names = {"objective": "elbo", "gradient": "pathwise", "shape": ""}
+    kinds = {o: (kind, names[o]) for o, kind in options.OBJECTIVE.items()}
+    groups = {
+        "model": options.group("Model", options.summary(spec), pieces, (spec,)),
+        "objective": options.group("Objective", "What is maximised. A setting in [brackets] goes with the choice it names.", kinds, ()),
+        "optimizer": options.group("Optimizer", options.summary(Adam), {}, (Adam,)),
+    }
+    rows = [(name, cls, dataclasses.field(default_factory=cls)) for name, cls in groups.items()]
+    made = dataclasses.make_dataclass(
+        f"Train{spec.__name__}", rows, bases=(Train,), namespace={"spec_class": spec}, frozen=True, kw_only=True
+    )
+    made.__doc__ = options.summary(spec)
+    return made
+
+
+# --- evaluate, compare, report ------------------------------------------------------------------------------------
+
+Folder = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+Folders = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """On what, and how finely, runs are measured.
+
+    Args:
+        data: a data set by name (its test images) or an .npy file; what each run was trained on if left out.
+        data_dir: folder with the data sets' files; else ELBOZOO_DATA, else a cache into which they are fetched.
+        num_particles: importance samples a datum, K of the NLL.
+        num_data: measure on the first so many data only.
+        seed: fixes the draws, and the zeros and ones that grey pixels become.
+    """
+
+    data: Annotated[str | None, left_out(DATA)] = None
+    data_dir: Annotated[Path | None, left_out("FOLDER")] = None
+    num_particles: int = 1000
+    num_data: Annotated[int | None, left_out("INT")] = None
+    seed: int = 0
+
+    def measure(self, folders: Sequence[Path]) -> Measured:
+        """Load and evaluate runs; what was measured before in the same way is read from the run's folder."""
+        if not folders:
+            raise must("RUN", "be given", "none", "Name one run folder or more")
+        runs, evaluations, images, digests = {}, {}, {}, set()
+        for folder in folders:
+            run = Run.load(folder)
+            name = self.data or run.config.get("data")
+            if name is None:
+                raise must("--data", "be given for a run that `elbozoo train` did not make", "nothing", f"Add --data {DATA}")
+            data = Data.read(name, self.data_dir)
+            if name == run.config.get("data") and name.endswith(".npy"):
+                say(f"{folder}: measured on its training data; --data takes another file.")
+            grey = data.test[: self.num_data]
+            label = folder.name if sum(f.name == folder.name for f in folders) == 1 else str(folder)
+            x = prepare(run.program, grey, run.config["binarize"], self.seed)  # one seed, so that runs see the same zeros and ones
+            digest = hashlib.sha256(x[0].tobytes()).hexdigest()
+            runs[label], images[label] = run, grey
+            evaluations[label] = self._evaluate(run, folder, x, digest, Path(name).stem)
+            digests.add(digest)
+        return Measured(runs, evaluations, images, paired=len(digests) == 1)
+
+    def _evaluate(self, run: Run, folder: Path, x: tuple, digest: str, data: str) -> Evaluation:
+        path = folder / f"evaluation-{data}-{self.num_particles}.safetensors"
+        weights = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        key = {"weights": weights, "data": digest, "num_particles": self.num_particles, "seed": self.seed, "elbozoo": __version__}
+        if path.exists():
+            try:
+                arrays, notes = storage.load_arrays(path)
+                if notes.get("key") == key:
+                    return unpack(arrays, notes)
+            except CorruptFile:  # no loss: it is computed anew
+                pass
+        found = evaluate(run.program, x, num_particles=self.num_particles, seed=self.seed, progress=True)
+        arrays, scalars = pack(found)
+        storage.save_arrays(path, arrays, {"key": key, **scalars})
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Runs by label, each with its evaluation and the data as they were before binarisation."""
+
+    runs: dict[str, Run]
+    evaluations: dict[str, Evaluation]
+    images: dict[str, np.ndarray]
+    paired: bool
+    """Whether all were evaluated on one and the same array."""
+
+    def table(self) -> Table:
+        from elbozoo.report import caption, results
+
+        rows = results(self.runs, self.evaluations, self.paired)
+        table = Table(box=None, pad_edge=False, caption=caption(self.evaluations), caption_justify="left", header_style="bold")
+        for i, column in enumerate(rows[0]):
+            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row.values())
+        return table
+
+
+def pack(evaluation: Evaluation) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """An evaluation as arrays and plain values."""
+    arrays, scalars = {}, {}
+    for field in dataclasses.fields(evaluation):
+        value = getattr(evaluation, field.name)
+        if isinstance(value, PerDatum):
+            arrays |= {f"per_datum/{n}": a for n, a in vars(value).items()}
+        elif field.name in ("rate_per_dimension", "activity"):
+            arrays |= {f"{field.name}/{n}": a for n, a in value.items()}
+        else:
+            scalars[field.name] = value
+    return arrays, scalars
+
+
+def unpack(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> Evaluation:
+    """What ``pack`` packed."""
+    groups: dict[str, dict[str, np.ndarray]] = {"per_datum": {}, "rate_per_dimension": {}, "activity": {}}
+    for name, array in arrays.items():
+        group, _, rest = name.partition("/")
+        groups[group][rest] = array
+    scalars = {n: v for n, v in notes.items() if n != "key"}
+    return Evaluation(**scalars, **{**groups, "per_datum": PerDatum(**groups["per_datum"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Measuring):
+    """Measure a run: NLL by importance sampling, rate, distortion, active units.
+
+    Args:
+        run: a run folder.
+        json: print the figures as JSON, for programs.
+    """
+
+    run: Folder
+    json: bool = False
+
+    def __call__(self, command: str) -> None:
+        (found,) = self.measure([self.run]).evaluations.values()
+        out.print_json(json.dumps(found.summary())) if self.json else out.print(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Measuring):
+    """Measure several runs and print one table.
+
+    Args:
+        runs: run folders; the first is what the others are held against.
+    """
+
+    runs: Folders = ()
+
+    def __call__(self, command: str) -> None:
+        out.print(self.measure(self.runs).table())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Measuring):
+    """Write one HTML page about one run or several, and for each its draws for ArviZ.
+
+    Args:
+        runs: run folders; the first is what the others are held against.
+        out: the page; report.html in the first run's folder if left out.
+        draws: posterior draws of each of the first hundred data in each run's posterior.nc; 0 for no file.
+    """
+
+    runs: Folders = ()
+    out: Annotated[Path | None, left_out("FILE.html")] = None
+    draws: int = 100
+
+    def __call__(self, command: str) -> None:
+        self.write(self.measure(self.runs))
+
+    def write(self, measured: Measured) -> None:
+        """Write what there is to write about runs that have been measured."""
+        from elbozoo.report import write_report
+
+        for folder, run, images in zip(self.runs, measured.runs.values(), measured.images.values(), strict=True):
+            if self.draws:
+                save_netcdf(run, images[:100], self.draws, folder / "posterior.nc")
+        path = self.out or self.runs[0] / "report.html"
+        write_report(measured.runs, measured.evaluations, measured.images, path, paired=measured.paired)
+        say(f"Report: {path}")
+
+
+def save_netcdf(run: Run, data: np.ndarray, num_draws: int, path: Path) -> None:
+    """ArviZ's groups for some data, as netCDF, written whole or not at all."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing a major refactor", category=FutureWarning)
+        found = run.to_arviz(data, num_draws=num_draws)
+    with tempfile.TemporaryDirectory() as folder:
+        found.to_netcdf(Path(folder) / path.name, engine="h5netcdf")
+        storage.write_atomically(path, (Path(folder) / path.name).read_bytes())
+
+
+# --- list, demo ---------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "models": Spec, "networks": Network, "likelihoods": Likelihood, "guides": Family, "objectives": options.OBJECTIVE["objective"],
+    "gradients": options.OBJECTIVE["gradient"], "shapes": options.OBJECTIVE["shape"],
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """Name the models, networks, likelihoods, guides, objectives, gradients and shapes, with a line each."""
+
+    def __call__(self, command: str) -> None:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(no_wrap=True)
+        for title, kind in KINDS.items():
+            table.add_row(f"[bold]{title}[/bold]")
+            for name, cls in options.choices(kind).items():
+                table.add_row(f"  {name}", escape(options.summary(cls)))
+        out.print(table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train a small VAE on handwritten digits under four objectives, and hold them against one another.
+
+    Args:
+        out: folder for the four runs and the report.
+        engine: numpyro (JAX) or pyro (PyTorch).
+        epochs: passes over the data.
+        num_particles: importance samples a datum, K of the NLL.
+        seed: fixes everything random.
+    """
+
+    out: Path = Path("runs/demo")
+    engine: Literal["numpyro", "pyro"] = "numpyro"
+    epochs: int = 100
+    num_particles: int = 1000
+    seed: int = 0
+
+    def __call__(self, command: str) -> None:
+        data = Data.read("digits")
+        spec = VAE(data.facts["data_dim"], latent_dim=16, network=MLP(hidden=(200,)))
+        objectives: dict[str, Objective] = {
+            "ELBO": ELBO(),
+            "IWAE": IWAE(num_particles=10),
+            "annealed KL": AnnealedKL(ELBO(), warmup=self.epochs / 2),
+            "free bits": FreeBits(ELBO(), free_bits=0.25),
+        }
+        folders = []
+        for name, objective in objectives.items():
+            say(f"{name}: {options.describe(objective)}")
+            run = fit(
+                getattr(spec, self.engine)(), data.train, objective=objective, epochs=self.epochs, batch_size=100, learning_rate=3e-3, seed=self.seed,
+                binarize="stochastic",
+            )  # fmt: skip
+            run.config |= {"data": data.name, "image_shape": data.facts["image_shape"], "command": command}
+            folders.append(run.save(self.out / name.replace(" ", "-").lower()))
+        report = Report(runs=tuple(folders), out=self.out / "report.html", num_particles=self.num_particles)
+        measured = report.measure(folders)
+        out.print(measured.table())
+        report.write(measured)
+
+
+COMMANDS = {"train": Train, "evaluate": Evaluate, "compare": Compare, "report": Report, "list": List, "demo": Demo}
+
+
+def parser() -> Any:
+    """Every command and its options, as one type for tyro."""
+
+    def union(classes: Mapping[str, Any]) -> Any:
+        named = (Annotated[cls, tyro.conf.subcommand(name, description=about)] for name, (cls, about) in classes.items())
+        return Union[tuple(named)]  # noqa: UP007  (the members are known at run time alone)
+
+    models = {name: (train_command(cls), options.summary(cls)) for name, cls in options.choices(Spec).items()}
+    commands = {name: (cls, options.summary(cls)) for name, cls in COMMANDS.items()}
+    return union({**commands, "train": (union(models), options.summary(Train))})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after ``elbozoo``; the process's own when None.
+
+    Returns: the exit code: 0, 2 for a refusal, 130 when interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if argv == ["--version"]:
+        say(__version__)
+        return 0
+    about = f"elbozoo {__version__}: deep latent-variable models in Pyro and NumPyro, measured in nats (--version for the version alone)"
+    try:
+        for word, known in zip(argv, (COMMANDS, options.choices(Spec) if argv[0] == "train" else ()), strict=False):
+            if known and not word.startswith("-"):
+                one_of("command" if known is COMMANDS else "model", word, known)
+        command = tyro.cli(parser(), prog="elbozoo", description=about, args=argv, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: complain("warning", message)
+            command(shlex.join(["elbozoo", *argv]))
+    except ElbozooError as error:
+        complain("error", error)
+        return 2
+    except Interrupted as error:
+        complain("interrupted", error)
+        return 130
+    except KeyboardInterrupt:
+        complain("interrupted", "nothing more was written")
+        return 130
+    return 0
+
+
+def complain(kind: str, message: Any) -> None:
+    """One line on standard error."""
+    print(f"{kind}: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""What every guide family is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from elbozoo.inference.parts import Part
+
+
+@dataclasses.dataclass(frozen=True)
+class Family(Part):
+    """A family for q(z | x) whose parameters are an encoder's outputs."""
+
+    stem: ClassVar[str] = "guide"
+
+    def num_outputs(self, latent_dim: int) -> int:
+        """Encoder outputs for a latent vector of ``latent_dim`` entries."""
+        raise NotImplementedError

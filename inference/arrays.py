@@ -1,0 +1,105 @@
+"""The few array functions whose spelling differs between NumPy, JAX and PyTorch, chosen by the argument's type."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+Array = Any  # a NumPy, JAX or PyTorch array
+
+
+def _library(x: Array) -> str:
+    """Name the library of ``x`` without importing any."""
+    if isinstance(x, np.ndarray | np.generic | float | int):
+        return "numpy"
+    torch = sys.modules.get("torch")
+    return "torch" if torch is not None and isinstance(x, torch.Tensor) else "jax"
+
+
+def logsumexp(x: Array, axis: int = 0) -> Array:
+    r"""``log Σ exp x`` along ``axis``, stable; all ``-inf`` gives ``-inf``."""
+    match _library(x):
+        case "numpy":
+            return special.logsumexp(x, axis=axis)
+        case "torch":
+            return x.logsumexp(dim=axis)
+        case _:
+            from jax.nn import logsumexp as jax_logsumexp
+
+            return jax_logsumexp(x, axis=axis)
+
+
+def softmax(x: Array, axis: int = 0) -> Array:
+    r"""``exp x / Σ exp x`` along ``axis``."""
+    match _library(x):
+        case "numpy":
+            return special.softmax(x, axis=axis)
+        case "torch":
+            return x.softmax(dim=axis)
+        case _:
+            from jax.nn import softmax as jax_softmax
+
+            return jax_softmax(x, axis=axis)
+
+
+def stop_gradient(x: Array) -> Array:
+    """The value of ``x``, a constant to differentiation."""
+    match _library(x):
+        case "numpy":
+            return x
+        case "torch":
+            return x.detach()
+        case _:
+            from jax.lax import stop_gradient as jax_stop_gradient
+
+            return jax_stop_gradient(x)
+
+
+def cos(x: Array) -> Array:
+    """``cos x``; a Python number stays one."""
+    if _library(x) == "numpy":
+        return np.cos(x)
+    if _library(x) == "torch":
+        return x.cos()
+    import jax.numpy as jnp
+
+    return jnp.cos(x)
+
+
+def swap_each(x: Array, y: Array) -> Array:
+    """``out[j, i] = y[i] if i == j else x[j]``: column ``i`` is ``x`` with its row ``i`` replaced. ``(K, *P) -> (K, K, *P)``."""
+    num, library = x.shape[0], _library(x)
+    eye = np.eye(num, dtype=bool).reshape((num, num) + (1,) * (x.ndim - 1))
+    if library == "torch":
+        import torch
+
+        return torch.where(torch.from_numpy(eye).to(x.device), y[None], x[:, None])
+    if library == "jax":
+        import jax.numpy as jnp
+
+        return jnp.where(eye, y[None], x[:, None])
+    return np.where(eye, y[None], x[:, None])
+
+
+def plates_first(x: Array, batch_ndim: int, dims: Sequence[int]) -> Array:
+    """Move the batch dims ``dims`` (negative, counted from the last batch dim) to the front and flatten the rest.
+
+    Shapes: ``x`` is ``batch + event`` with ``batch_ndim`` batch dims; the result is ``(*dims, D)`` where ``D``
+    gathers every other batch dim and all event dims.
+    """
+    missing = max((-d for d in dims), default=0) - batch_ndim
+    if missing > 0:
+        x, batch_ndim = x.reshape((1,) * missing + tuple(x.shape)), batch_ndim + missing
+    front = [batch_ndim + d for d in sorted(dims)]
+    rest = [i for i in range(x.ndim) if i not in front]
+    order = front + rest
+    if order != list(range(x.ndim)):
+        x = x.permute(*order) if _library(x) == "torch" else x.transpose(order)
+    lead, size = tuple(x.shape[: len(front)]), 1
+    for n in x.shape[len(front) :]:
+        size *= n
+    return x.reshape((*lead, size))

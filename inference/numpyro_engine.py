@@ -1,0 +1,518 @@
+"""The NumPyro engine: the one file that reads NumPyro traces.
+
+:class:`Loss` is a ``numpyro.infer.ELBO``; hand it to ``numpyro.infer.SVI`` with any model and guide. :class:`Program` wraps a model and a
+guide for the harness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jax import random
+from jax.lax import stop_gradient
+from numpyro.distributions import Independent
+from numpyro.distributions.kl import kl_divergence
+from numpyro.handlers import block, replay, seed, substitute, trace
+from numpyro.handlers import seed as seed_handler
+from numpyro.infer import ELBO as NumPyroELBO
+from numpyro.primitives import Messenger
+from numpyro.primitives import mutable as mutable_site
+from numpyro.util import check_model_guide_match
+
+from elbozoo.inference.arrays import plates_first
+from elbozoo.inference.errors import InvalidArgument, must
+from elbozoo.inference.objectives import Objective
+from elbozoo.inference.terms import Site, Terms
+from elbozoo.inference.weights import from_torch_layout, to_torch_layout
+
+_STEP = "elbozoo_step"
+Params = dict[str, Any]
+
+
+# --- reading traces ---------------------------------------------------------------------------------------------
+
+
+class _Assign(Messenger):
+    """Give latent sites these values *after* they were drawn, so that seeds are consumed as in the first run."""
+
+    def __init__(self, values: Mapping[str, jax.Array]):
+        self.values = values
+        super().__init__(None)
+
+    def postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"] and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+            msg["intermediates"] = None
+
+
+class _StopUnreparameterised(Messenger):
+    """Stop gradients at values whose sampler is not reparameterised."""
+
+    def postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"] and not msg["fn"].has_rsample:
+            msg["value"], msg["intermediates"] = stop_gradient(msg["value"]), None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Static facts about a program, the same for every particle."""
+
+    dims: tuple[int, ...]  # dims of the plates that every site shares
+    scale: float  # their size / subsample size
+    joint: bool  # some site lies outside a plate that another site is in
+    data_per_entry: float
+    sites: dict[str, tuple[bool, str]]  # reparameterised?, family
+
+
+def _samples(tr: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: s for n, s in tr.items() if s["type"] == "sample"}
+
+
+def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
+    stacks = [frozenset(s["cond_indep_stack"]) for tr in (model_trace, guide_trace) for s in _samples(tr).values()]
+    shared = frozenset.intersection(*stacks) if stacks else frozenset()
+    scale = 1.0
+    for frame in shared:
+        size = model_trace[frame.name]["args"][0] if frame.name in model_trace else frame.size
+        scale *= size / frame.size
+    everything = [s for tr in (model_trace, guide_trace) for s in _samples(tr).values()]
+    joint = any(st != shared for st in stacks) or (not shared and any(s["fn"].batch_shape for s in everything))
+    latent = {n: s for n, s in _samples(guide_trace).items() if not s["is_observed"]}
+    sites = {n: (bool(s["fn"].has_rsample), type(_strip(s["fn"])[0]).__name__) for n, s in latent.items()}
+    return _Layout(tuple(sorted(f.dim for f in shared)), scale, joint, 1.0 if shared else _data_size(model_trace), sites)
+
+
+def _data_size(model_trace: Any) -> float:
+    """Full size of the largest stack of plates around an observed site (of its batch where there is no plate)."""
+    sizes = [1.0]
+    for site in _samples(model_trace).values():
+        if site["is_observed"]:
+            frames = site["cond_indep_stack"]
+            full = [model_trace[f.name]["args"][0] if f.name in model_trace else f.size for f in frames]
+            sizes.append(float(np.prod(full or site["fn"].batch_shape or (1,))))
+    return max(sizes)
+
+
+def _strip(fn: Any) -> tuple[Any, int]:
+    """The distribution inside ``Independent`` and the number of event dims it reinterpreted."""
+    count = 0
+    while isinstance(fn, Independent):
+        fn, count = fn.base_dist, count + fn.reinterpreted_batch_ndims
+    return fn, count
+
+
+def _log_prob(site: Any, layout: _Layout) -> tuple[jax.Array, bool]:
+    """Per-dimension log density ``(*P, D)`` and whether it factorises over event dims; the shared plates' scale divided out."""
+    fn, factors = _strip(site["fn"])
+    if fn.event_dim:
+        fn, factors = site["fn"], 0
+    value, intermediates = site["value"], site["intermediates"]
+    log_prob = fn.log_prob(value, intermediates) if intermediates and factors == 0 else fn.log_prob(value)
+    scale = 1.0 if site["scale"] is None else site["scale"]
+    if isinstance(scale, jax.Array) or scale != layout.scale:
+        log_prob = log_prob * (scale / layout.scale)
+    terms = plates_first(log_prob, log_prob.ndim - factors, layout.dims)
+    return terms, factors > 0 or site["fn"].event_dim == 0
+
+
+def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout) -> jax.Array | None:
+    """``KL(q || p)``, ``(*P, D)`` where both factorise alike, ``(*P, 1)`` elsewhere, ``None`` without a closed form."""
+    (q, q_factors), (p, p_factors) = _strip(guide_site["fn"]), _strip(model_site["fn"])
+    factors = q_factors if q_factors == p_factors and not q.event_dim and not p.event_dim else 0
+    if factors == 0:
+        q, p = guide_site["fn"], model_site["fn"]
+    scale = 1.0 if model_site["scale"] is None else model_site["scale"]
+    guide_scale = 1.0 if guide_site["scale"] is None else guide_site["scale"]
+    if scale is not guide_scale and not (np.isscalar(scale) and scale == guide_scale):
+        return None
+    try:
+        kl = kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+    kl = kl if isinstance(scale, float | int) and scale == layout.scale else kl * (scale / layout.scale)
+    kl = plates_first(kl, kl.ndim - factors, layout.dims)
+    return kl if factors else kl.sum(axis=-1, keepdims=True)
+
+
+def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
+    """Everything the model's site may depend on was drawn before it in the guide.
+
+    Every latent that precedes the site in the model counts as a possible parent: sufficient, never wrong, and it sees a bottom-up guide.
+    """
+    order = list(guide_trace)
+    before = order[: order.index(name)]
+    for other, site in _samples(model_trace).items():
+        if other == name:
+            return True
+        if not site["is_observed"] and other not in before:
+            return False
+    return False
+
+
+def _site_arrays(guide_trace: Any, model_trace: Any, layout: _Layout, analytic_kl: bool) -> dict[str, Any]:
+    """One particle's arrays: observed log densities and per-site terms."""
+    observed = {
+        n: _log_prob(s, layout)[0].sum(axis=-1) for n, s in _samples(model_trace).items() if s["is_observed"]
+    }
+    sites: dict[str, Any] = {}
+    for name, site in _samples(guide_trace).items():
+        guide_terms, guide_factors = _log_prob(site, layout)
+        arrays: dict[str, Any] = {"log_guide": guide_terms.sum(axis=-1)}
+        if name in model_trace:
+            prior_terms, prior_factors = _log_prob(model_trace[name], layout)
+            arrays["log_prior"] = prior_terms.sum(axis=-1)
+            if guide_factors and prior_factors and guide_terms.shape == prior_terms.shape:
+                arrays |= {"log_prior_terms": prior_terms, "log_guide_terms": guide_terms}
+            if analytic_kl and _kl_valid(name, model_trace, guide_trace):
+                arrays["kl"] = _analytic_kl(site, model_trace[name], layout)
+        else:  # an auxiliary variable of the guide
+            arrays["log_prior"] = jnp.zeros_like(arrays["log_guide"])
+        sites[name] = {k: v for k, v in arrays.items() if v is not None}
+    return {"observed": observed, "sites": sites}
+
+
+def _check_match(model_trace: Any, guide_trace: Any) -> None:
+    check_model_guide_match(model_trace, guide_trace)
+    for name, site in _samples(model_trace).items():
+        if not site["is_observed"] and name not in guide_trace:
+            raise must("guide", "draw every latent site of the model", f"no site '{name}'", f"Add numpyro.sample('{name}', …) to the guide")
+
+
+# --- from traces to terms ---------------------------------------------------------------------------------------
+
+
+def particles(
+    key: jax.Array, params: Params, model: Callable, guide: Callable, args: tuple = (), kwargs: Mapping[str, Any] | None = None, *,
+    num_particles: int = 1, analytic_kl: bool = False, step: Any = 0, vectorize: bool | Callable = True,
+) -> tuple[Terms, dict[str, Any]]:
+    r"""Run guide and model for ``num_particles`` particles.
+
+    Keys are split as in NumPyro's ``RenyiELBO`` (one for plates, then one a particle), so that equal seeds draw equal values.
+
+    Returns:
+        The :class:`Terms` (with shapes ``(K, *P)``) and the new values of mutable sites (those of the first particle).
+    """
+    kwargs = dict(kwargs or {})
+    plate_key, key = random.split(key)
+    hide = ["sample", "prng_key", "control_flow"]
+    model, guide = seed(model, plate_key, hide_types=hide), seed(guide, plate_key, hide_types=hide)
+    keys = random.split(key, num_particles)
+    layouts: list[_Layout] = []
+
+    def traces(key: jax.Array, guide_params: Params, values: Mapping[str, jax.Array] | None) -> tuple[Any, Any, dict[str, Any]]:
+        model_seed, guide_seed = random.split(key)
+        handler = _StopUnreparameterised() if values is None else _Assign(values)
+        with handler:
+            guide_trace = trace(substitute(seed(guide, guide_seed), data=guide_params)).get_trace(*args, **kwargs)
+        mutable = {n: s["value"] for n, s in guide_trace.items() if s["type"] == "mutable"}
+        bound_model = substitute(replay(seed(model, model_seed), guide_trace), data={**params, **mutable})
+        model_trace = trace(bound_model).get_trace(*args, **kwargs)
+        mutable |= {n: s["value"] for n, s in model_trace.items() if s["type"] == "mutable"}
+        return model_trace, guide_trace, mutable
+
+    def first(key: jax.Array) -> dict[str, Any]:
+        model_trace, guide_trace, mutable = traces(key, params, None)
+        _check_match(model_trace, guide_trace)
+        layouts.append(_layout(model_trace, guide_trace))
+        arrays = _site_arrays(guide_trace, model_trace, layouts[-1], analytic_kl)
+        values = {n: s["value"] for n, s in _samples(guide_trace).items() if not s["is_observed"]}
+        ndims = {n: guide_trace[n]["fn"].event_dim for n in values}
+        event_ndims.update(ndims)
+        return arrays | {"values": values, "mutable": mutable}
+
+    def again(key: jax.Array, values: Mapping[str, jax.Array], ratio: jax.Array | None) -> dict[str, Any]:
+        if ratio is not None:
+            values = {n: _scale_gradient(v, _align(ratio, v.ndim - event_ndims[n], event_ndims[n], layout.dims)) for n, v in values.items()}
+        model_trace, guide_trace, _ = traces(key, stop_gradient(params), values)
+        return _site_arrays(guide_trace, model_trace, layout, False)
+
+    def score(key: jax.Array, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        with _Assign(stop_gradient(values)):
+            guide_seed = random.split(key)[1]
+            guide_trace = trace(substitute(seed(guide, guide_seed), data=params)).get_trace(*args, **kwargs)
+        return {n: _log_prob(s, layout)[0].sum(axis=-1) for n, s in _samples(guide_trace).items()}
+
+    event_ndims: dict[str, int] = {}
+    each = _vectorizer(vectorize, num_particles)
+    out = each(first, keys)
+    layout = layouts[-1]
+    values = out["values"]
+
+    def refreeze(ratio: jax.Array | None) -> Terms:
+        frozen = each(partial(again, ratio=None), keys, values) if ratio is None else each(again, keys, values, stop_gradient(ratio))
+        return _terms(frozen, layout, step, values)
+
+    terms = replace(_terms(out, layout, step, values), refreeze=refreeze, redraw=lambda: each(score, keys, values))
+    return terms, jax.tree.map(lambda x: x[0], out["mutable"])
+
+
+def _vectorizer(vectorize: bool | Callable, num_particles: int) -> Callable:
+    if num_particles == 1:  # no batching rule in the way; the particle axis is added after
+        return lambda fn, *xs: jax.tree.map(lambda y: y[None], fn(*(jax.tree.map(lambda x: x[0], x) for x in xs)))
+    if vectorize is True:
+        return lambda fn, *xs: jax.vmap(fn)(*xs)
+    if vectorize is False:
+        return lambda fn, *xs: jax.lax.map(lambda x: fn(*x), xs)
+    return lambda fn, *xs: vectorize(lambda x: fn(*x), xs)
+
+
+def _terms(out: dict[str, Any], layout: _Layout, step: Any, values: Mapping[str, jax.Array]) -> Terms:
+    sites = {n: Site(**a, reparameterised=layout.sites[n][0], guide_family=layout.sites[n][1]) for n, a in out["sites"].items()}
+    observed = out["observed"]
+    like = next(iter([*(s.log_prior for s in sites.values()), *observed.values()]), None)
+    if like is None:
+        raise must("program", "have a sample site", "none", "Add numpyro.sample statements to model and guide", InvalidArgument)
+    log_lik = sum(observed.values(), start=jnp.zeros_like(like))
+    return Terms(
+        log_lik, sites, step=step, scale=layout.scale, joint=layout.joint, data_per_entry=layout.data_per_entry, observed=observed, values=values
+    )
+
+
+@jax.custom_vjp
+def _scale_gradient(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """The identity, whose gradient is multiplied by ``factor``."""
+    return x
+
+
+_scale_gradient.defvjp(lambda x, factor: (x, factor), lambda factor, g: (g * factor, jnp.zeros_like(factor)))
+
+
+def _align(ratio: jax.Array, batch_ndim: int, event_ndim: int, dims: tuple[int, ...]) -> jax.Array:
+    """Spread ``ratio`` ``(*P)`` over a value's batch and event dims."""
+    shape = [1] * (batch_ndim + event_ndim)
+    for size, dim in zip(ratio.shape, dims, strict=True):
+        shape[batch_ndim + dim] = size
+    return ratio.reshape(shape)
+
+
+def value_and_surrogate(objective: Objective, terms: Terms) -> tuple[jax.Array, jax.Array]:
+    """``(-scale Σ bound, the same value with the surrogate's gradient)``: what a loss returns and what is differentiated."""
+    value = -terms.scale * stop_gradient(objective.bound(terms)).sum()
+    surrogate = -terms.scale * objective.surrogate(terms).sum()
+    return value, value + surrogate - stop_gradient(surrogate)
+
+
+# --- drop-in loss -----------------------------------------------------------------------------------------------
+
+
+class Loss(NumPyroELBO):
+    r"""An elbozoo objective as a ``numpyro.infer.ELBO``, for NumPyro's own ``SVI``.
+
+    .. code-block:: python
+
+        svi = numpyro.infer.SVI(model, guide, optax.adam(1e-3), loss=Loss(IWAE(50)))
+
+    Its value is minus the *unshaped* bound summed over the shared plates (times their subsample scale); its gradient is that of the objective's
+    surrogate. A schedule needs a step counter: pass ``loss.guide(guide)`` to ``SVI`` in place of ``guide``.
+
+    Plates that every site shares give per-datum weights. A site outside them (a global latent) makes one joint weight for the whole batch; a
+    warning says so once.
+
+    Args:
+        objective: bound, gradient and shape.
+        vectorize_particles: True for ``vmap``, False for ``lax.map`` (less memory), or a callable as in NumPyro.
+
+    Raises: Refused at the first step for a pair of objective and site that has no right gradient.
+    """
+
+    can_infer_discrete = True  # what cannot be inferred is refused, with a better message, by the objective
+
+    def __init__(self, objective: Objective, vectorize_particles: bool | Callable = True):
+        self.objective = objective
+        super().__init__(num_particles=objective.num_particles, vectorize_particles=vectorize_particles)
+
+    def guide(self, guide: Callable) -> Callable:
+        """``guide`` with a step counter (a ``mutable`` site), for objectives with a schedule."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            mutable_site(_STEP, jnp.zeros((), dtype=jnp.int32))
+            return guide(*args, **kwargs)
+
+        return counted
+
+    def loss_with_mutable_state(
+        self, rng_key: jax.Array, param_map: Params, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.objective.uses_step and _STEP not in param_map:
+            raise must("guide", "carry a step counter under an objective with a schedule", "a plain guide", "Pass loss.guide(guide) to SVI")
+        step = param_map.get(_STEP, 0)
+        terms, mutable = particles(
+            rng_key, param_map, model, guide, args, kwargs, num_particles=self.num_particles,
+            analytic_kl=self.objective.uses_analytic_kl, step=step, vectorize=self.vectorize_particles,
+        )
+        self.objective.check(terms)
+        if _STEP in mutable:
+            mutable[_STEP] = step + 1
+        return {"loss": value_and_surrogate(self.objective, terms)[1], "mutable_state": mutable or None}
+
+
+# --- programs ---------------------------------------------------------------------------------------------------
+
+
+class _Bound:
+    """A model or guide with trained parameters substituted, its methods too (``program.model.decode(z)``)."""
+
+    def __init__(self, fn: Callable, params: Params):
+        self._fn, self._params = fn, params
+
+    def _bind(self, fn: Callable) -> Callable:
+        return substitute(fn, data=self._params)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._bind(self._fn)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._fn, name)
+        return self._bind(attribute) if callable(attribute) else attribute
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    r"""A NumPyro model and its amortised guide, with or without trained parameters.
+
+    ``program.model`` and ``program.guide`` are plain callables for NumPyro's own ``SVI``, ``Predictive``, handlers and MCMC. Once parameters are
+    bound (by ``fit`` or ``with_weights``) they carry them, as ``param`` sites that an outer ``SVI`` would go on training; ``frozen()`` hides them.
+
+    Args:
+        model_fn, guide_fn: callables with the same arguments.
+        spec: the zoo spec they were made from, if any.
+        params: constrained parameters by site name.
+        mutable: values of mutable sites (batch-norm statistics and the like).
+    """
+
+    model_fn: Callable
+    guide_fn: Callable
+    spec: Any = None
+    params: Params | None = None
+    mutable: Params | None = None
+
+    engine = "numpyro"
+
+    def _bind(self, fn: Callable) -> Callable:
+        return fn if self.params is None else _Bound(fn, {**self.params, **(self.mutable or {})})
+
+    @property
+    def model(self) -> Callable:
+        """The generative model, a NumPyro callable."""
+        return self._bind(self.model_fn)
+
+    @property
+    def guide(self) -> Callable:
+        """The amortised guide, a NumPyro callable."""
+        return self._bind(self.guide_fn)
+
+    def frozen(self) -> Program:
+        """The same program whose parameters are constants: no ``param`` site is visible from outside.
+
+        Raises: InvalidArgument when no parameters are bound yet.
+        """
+        if self.params is None:
+            raise must("program", "have parameters to freeze", "an untrained program", "Use run.program, or program.with_weights(…)")
+        hide = partial(block, hide_fn=lambda site: site["type"] in ("param", "mutable"))
+        return Program(hide(self.model), hide(self.guide), self.spec)
+
+    def init(self, key: jax.Array, *args: Any) -> tuple[Params, dict[str, Any], Params]:
+        """Initial parameters (constrained), their constraints, and mutable values, from one run on ``args``."""
+        model_seed, guide_seed = random.split(key)
+        guide_trace = trace(seed(self.guide, guide_seed)).get_trace(*args)
+        model_trace = trace(replay(seed(self.model, model_seed), guide_trace)).get_trace(*args)
+        params: Params = {}
+        constraints: dict[str, Any] = {}
+        mutable: Params = {}
+        for site in (*model_trace.values(), *guide_trace.values()):
+            if site["type"] == "param":
+                params[site["name"]] = site["value"]
+                constraints[site["name"]] = site["kwargs"].get("constraint", numpyro.distributions.constraints.real)
+            elif site["type"] == "mutable":
+                mutable[site["name"]] = site["value"]
+        params, mutable = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), (params, mutable))
+        return params, constraints, mutable
+
+    @property
+    def weights(self) -> dict[str, np.ndarray] | None:
+        """Parameters as NumPy arrays under torch's ``state_dict`` names and layouts; ``None`` before training."""
+        return None if self.params is None else to_torch_layout(jax.tree.map(np.asarray, self.params), self._prefix)
+
+    @property
+    def _prefix(self) -> str:
+        """What a zoo form's name puts before its parameters; torch's names go without it."""
+        return getattr(self.model_fn, "prefix", "")
+
+    def with_params(self, params: Params, mutable: Params | None = None) -> Program:
+        """This program with these constrained parameters, by site name."""
+        return replace(self, params=dict(params), mutable=mutable)
+
+    def with_weights(self, weights: Mapping[str, np.ndarray], *example: Any) -> Program:
+        """This program with the weights of a file written by either engine.
+
+        Args:
+            weights: NumPy arrays in torch's names and layouts.
+            example: arguments to run the program on once, for its parameters' structure; not needed for programs of the zoo.
+        Raises: InvalidArgument naming missing or unexpected weights and wrong shapes.
+        """
+        if not example:
+            if self.spec is None:
+                raise must("example", "be given for a program without a spec", "nothing", "Pass a small batch of data: with_weights(weights, x)")
+            example = (jnp.zeros((1, self.spec.data_dim)),)
+        template, _, mutable = replace(self, params=None).init(random.key(0), *example)
+        params = from_torch_layout(weights, jax.tree.map(np.asarray, template), self._prefix)
+        return self.with_params(jax.tree.map(lambda w, t: jnp.asarray(w, t.dtype), params, template), mutable or None)
+
+    def apply(
+        self, fn: Callable[[Terms], Any], args: tuple, *, num_particles: int = 1, seed: int = 0, analytic_kl: bool = False
+    ) -> Any:
+        """``fn(terms)`` for fresh particles on the data ``args``, compiled once a shape; a tree of NumPy arrays."""
+        cache = self.__dict__.setdefault("_compiled", {})
+        key = (fn, num_particles, analytic_kl)
+        if key not in cache:
+
+            def compute(seed: Any, params: Params, args: tuple) -> Any:
+                terms, _ = particles(random.key(seed), params, self.model_fn, self.guide_fn, args, num_particles=num_particles, analytic_kl=analytic_kl)
+                return fn(terms)
+
+            cache[key] = jax.jit(compute)
+        return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args))
+
+    def predict(self, args: tuple, *, num_particles: int = 1, seed: int = 0, prior: bool = False) -> dict[str, dict[str, np.ndarray]]:
+        """Draws of the latents and of every observed site given them.
+
+        Args:
+            args: the data (its shapes alone matter when ``prior``).
+            prior: draw latents from the model instead of the guide.
+        Returns: ``{"latent": {site: (K, …)}, "observed": {site: (K, …)}, "mean": {site: (K, …)}}``; "mean" holds the sites whose
+            distribution has one.
+        """
+        cache = self.__dict__.setdefault("_compiled", {})
+        if (key := ("predict", num_particles, prior)) not in cache:
+
+            def one(key: jax.Array, params: Params, args: tuple) -> Any:
+                model_key, guide_key, draw_key = random.split(key, 3)
+                model = substitute(seed_handler(self.model_fn, model_key), data=params)
+                if not prior:
+                    model = replay(model, trace(substitute(seed_handler(self.guide_fn, guide_key), data=params)).get_trace(*args))
+                out: dict[str, dict[str, Any]] = {"latent": {}, "observed": {}, "mean": {}}
+                for i, (name, site) in enumerate(_samples(trace(model).get_trace(*args)).items()):
+                    if not site["is_observed"]:
+                        out["latent"][name] = site["value"]
+                    elif site["fn"].shape():
+                        out["observed"][name] = site["fn"].sample(random.fold_in(draw_key, i))
+                        try:
+                            out["mean"][name] = site["fn"].mean
+                        except NotImplementedError:
+                            pass
+                return out
+
+            cache[key] = jax.jit(lambda s, params, args: jax.vmap(lambda k: one(k, params, args))(random.split(random.key(s), num_particles)))
+        return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args))
+
+    def _all_params(self) -> Params:
+        if self.params is None:
+            raise must("program", "have trained parameters", "an untrained program", "Call fit(program, data) first, or program.with_weights(…)")
+        return {**self.params, **(self.mutable or {})}

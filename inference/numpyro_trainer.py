@@ -1,0 +1,222 @@
+"""Training on JAX: an epoch is one compiled ``lax.scan`` over data that lives on the device; replicates are a ``vmap`` of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import random
+from numpyro import validation_enabled
+from numpyro.distributions import biject_to
+
+from elbozoo.inference.errors import CorruptFile, must
+from elbozoo.inference.numpyro_engine import Params, Program, particles
+from elbozoo.inference.objectives import Objective
+from elbozoo.inference.optimizers import Adam
+from elbozoo.inference.recording import first_non_finite, step_metrics
+
+
+class State(NamedTuple):
+    """Everything that training carries from step to step (a leading replicate axis on every leaf, where there are replicates)."""
+
+    params: Params  # unconstrained
+    optimizer: Any
+    mutable: Params
+    key: jax.Array  # raw key data, so that it is an ordinary array
+    step: jax.Array
+
+
+class Trainer:
+    """Runs epochs of one objective on one program.
+
+    Args:
+        seeds: one seed a replicate. With one seed nothing is vmapped.
+    """
+
+    def __init__(
+        self, program: Program, objective: Objective, optimizer: Any, data: tuple, *, seeds: list[int], redraw_pixels: bool, device: str | None
+    ):
+        self.program, self.objective = program, objective
+        self.optimizer = optimizer.optax() if isinstance(optimizer, Adam) else optimizer
+        if not isinstance(self.optimizer, optax.GradientTransformation):
+            raise must("optimizer", "be an Adam or an optax GradientTransformation for a NumPyro program", type(optimizer).__name__, "Pass optax.adam(1e-3)")
+        self.device = _device(device)
+        self.redraw_pixels, self.replicated = redraw_pixels, len(seeds) > 1
+        with self._on_device():
+            self.data = jax.tree.map(jnp.asarray, data)
+            example = jax.tree.map(lambda a: a[:1], self.data)
+            constraints = self._constraints(example)
+            if not constraints:
+                raise must("program", "have a parameter to train", "none", "Add numpyro.param or a network to model or guide")
+            self.transforms = {n: biject_to(c) for n, c in constraints.items()}
+            init = partial(self._init, example=example)
+            keys = jnp.stack([random.PRNGKey(s) for s in seeds])
+            self.state: State = jax.jit(jax.vmap(init) if self.replicated else lambda k: init(k[0]))(keys)
+        epoch, held_out = self._epoch, self._held_out
+        if self.replicated:
+            epoch, held_out = jax.vmap(epoch, (0, None, 0)), jax.vmap(held_out, (0, None, None))
+        self._run_epoch, self._run_held_out = jax.jit(epoch), jax.jit(held_out)
+
+    def _on_device(self) -> Any:
+        return contextlib.nullcontext() if self.device is None else jax.default_device(self.device)
+
+    def _constraints(self, example: tuple) -> dict[str, Any]:
+        """The constraint of every parameter, by site, without computing anything."""
+        found: list[Any] = []
+
+        def probe(key: jax.Array) -> Any:
+            params, constraints, mutable = self.program.init(key, *example)
+            found.append(constraints)
+            return params, mutable
+
+        jax.eval_shape(probe, random.PRNGKey(0))
+        return found[0]
+
+    def _init(self, key: jax.Array, example: tuple) -> State:
+        params, _, mutable = self.program.init(key, *example)
+        unconstrained = {n: self.transforms[n].inv(v) for n, v in params.items()}
+        return State(unconstrained, self.optimizer.init(unconstrained), mutable, key, jnp.zeros((), jnp.int32))
+
+    def _constrain(self, params: Params) -> Params:
+        return {n: self.transforms[n](v) for n, v in params.items()}
+
+    # --- one step, one epoch ---
+
+    def _batch(self, data: tuple, index: jax.Array, key: jax.Array) -> tuple:
+        batch = jax.tree.map(lambda a: a[index], data)
+        if self.redraw_pixels:
+            batch = (random.bernoulli(key, batch[0]).astype(batch[0].dtype), *batch[1:])
+        return batch
+
+    def _terms(self, params: Params, mutable: Params, batch: tuple, key: jax.Array, step: jax.Array) -> Any:
+        terms, mutable = particles(
+            key, {**self._constrain(params), **mutable}, self.program.model_fn, self.program.guide_fn, batch,
+            num_particles=self.objective.num_particles, analytic_kl=self.objective.uses_analytic_kl, step=step,
+        )
+        self.objective.check(terms)
+        return terms, mutable
+
+    def _step(self, data: tuple, state: State, index: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        pixel_key, key = random.split(random.fold_in(state.key, state.step))
+        batch = self._batch(data, index, pixel_key)
+
+        def loss(params: Params) -> tuple[jax.Array, Any]:
+            terms, mutable = self._terms(params, state.mutable, batch, key, state.step)
+            metrics = jax.lax.stop_gradient(step_metrics(self.objective, terms))
+            return -self.objective.surrogate(terms).mean() / terms.data_per_entry, (metrics, mutable)
+
+        gradient, (metrics, mutable) = jax.grad(loss, has_aux=True)(state.params)
+        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, optimizer, mutable, state.key, state.step + 1), metrics | {"grad_norm": optax.global_norm(gradient)}
+
+    def _epoch(self, state: State, data: tuple, order: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        return jax.lax.scan(partial(self._step, data), state, order)
+
+    def _held_out(self, state: State, batch: tuple, salt: jax.Array) -> jax.Array:
+        key = random.fold_in(random.fold_in(state.key, 2**31 - 1), salt)
+        terms, _ = self._terms(state.params, state.mutable, batch, key, state.step)
+        return self.objective.bound(terms).mean() / terms.data_per_entry
+
+    # --- what fit calls ---
+
+    def epoch(self, order: np.ndarray) -> dict[str, np.ndarray]:
+        """Run one epoch; ``order`` is ``(replicates, steps, batch)``. Metrics are ``(replicates, steps)``."""
+        order = np.asarray(order, np.int32)
+        with self._on_device():
+            self.state, metrics = self._run_epoch(self.state, self.data, order if self.replicated else order[0])
+        metrics = {n: np.asarray(v) for n, v in metrics.items()}
+        return metrics if self.replicated else {n: v[None] for n, v in metrics.items()}
+
+    def held_out(self, valid: tuple, batch_size: int) -> np.ndarray:
+        """The objective's bound on held-out data, nats per datum, ``(replicates,)``."""
+        total, count = 0.0, len(valid[0])
+        with self._on_device():
+            for i, start in enumerate(range(0, count, batch_size)):
+                batch = jax.tree.map(lambda a, s=start: a[s : s + batch_size], valid)
+                total = total + np.asarray(self._run_held_out(self.state, batch, i)) * len(batch[0])
+        return np.atleast_1d(total / count)
+
+    def snapshot(self) -> State:
+        """The present state; arrays are immutable, so it costs nothing."""
+        return self.state
+
+    def take(self, snapshot: State) -> None:
+        """Go back to a snapshot."""
+        self.state = snapshot
+
+    def bad_parameter(self) -> tuple[str, int] | None:
+        """The first parameter that is not finite, and its replicate; None when all are."""
+        for replicate in range(self._count):
+            if name := _non_finite(self._replicate(replicate).params):
+                return name, replicate
+        return None
+
+    def blame(self, index: np.ndarray) -> tuple[str, int]:
+        """Name the site (else the parameter, by its gradient) that the next step would make non-finite, and the replicate.
+
+        Args:
+            index: the step's minibatches, ``(replicates, batch)``.
+        """
+        for replicate in range(self._count):
+            state = self._replicate(replicate)
+            pixel_key, key = random.split(random.fold_in(state.key, state.step))
+            with self._on_device(), validation_enabled(False):  # run op by op, NumPyro would refuse what is to be named
+                batch = self._batch(self.data, index[replicate], pixel_key)
+                terms = partial(self._terms, mutable=state.mutable, batch=batch, key=key, step=state.step)
+                name = first_non_finite(terms(state.params)[0])
+                if not name:
+                    surrogate = self.objective.surrogate
+                    name = _non_finite(jax.grad(lambda p, terms=terms: surrogate(terms(p)[0]).mean())(state.params))
+            if name:
+                return name, replicate
+        return "the bound", 0
+
+    @property
+    def _count(self) -> int:
+        return self.state.step.shape[0] if self.replicated else 1
+
+    def _replicate(self, index: int) -> State:
+        return jax.tree.map(lambda x: x[index], self.state) if self.replicated else self.state
+
+    def programs(self) -> list[Program]:
+        """One trained program a replicate."""
+        states = [self._replicate(i) for i in range(self._count)]
+        return [self.program.with_params(self._constrain(s.params), s.mutable or None) for s in states]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The whole state as named arrays, for a checkpoint."""
+        leaves, _ = jax.tree_util.tree_flatten_with_path(self.state)
+        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take the state of a checkpoint. Raises: CorruptFile when it is of another program or optimizer."""
+        leaves, tree = jax.tree_util.tree_flatten_with_path(self.state)
+        names = [jax.tree_util.keystr(path) for path, _ in leaves]
+        wrong = [n for n, (_, leaf) in zip(names, leaves, strict=True) if n not in arrays or arrays[n].shape != leaf.shape or arrays[n].dtype != leaf.dtype]
+        if wrong or len(names) != len(arrays):
+            raise must("checkpoint", "hold the state of this program and optimizer", f"a mismatch at {wrong[:3] or 'extra arrays'}", "Resume with the settings it was started with", CorruptFile)
+        with self._on_device():
+            self.state = jax.tree_util.tree_unflatten(tree, [jnp.asarray(arrays[n]) for n in names])
+
+
+def _non_finite(params: Params) -> str:
+    """Name of the first site with a non-finite leaf; empty if none."""
+    bad = (n for n, v in params.items() if not all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(v)))
+    return next(bad, "")
+
+
+def _device(name: str | None) -> Any:
+    if name is None:
+        return None
+    try:
+        return jax.devices(name)[0]
+    except RuntimeError as error:
+        found = sorted({d.platform for d in jax.devices()})
+        raise must("device", "be one that JAX can see here", repr(name), f"Use one of {found}, or install jax with support for it") from error

@@ -1,0 +1,595 @@
+"""The Pyro engine: the one file that reads Pyro traces.
+
+:class:`Loss` is a ``pyro.infer.ELBO``; hand it to ``pyro.infer.SVI`` with any model and guide. :class:`Program` wraps a model and a guide for
+the harness.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.torch import Independent
+from pyro.infer import ELBO as PyroELBO
+from pyro.poutine.util import site_is_subsample
+from torch.distributions import kl_divergence
+
+from elbozoo.inference.arrays import plates_first
+from elbozoo.inference.errors import InvalidArgument, must
+from elbozoo.inference.objectives import Objective
+from elbozoo.inference.terms import Site, Terms
+from elbozoo.inference.weights import check_names
+
+_PARTICLES = "num_particles_vectorized"  # the name Pyro's own losses give this plate
+
+
+# --- reading traces ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Static facts about a program, the same for every particle."""
+
+    dims: tuple[int, ...]  # dims of the plates that every site shares
+    scale: float
+    joint: bool
+    data_per_entry: float
+
+
+def _samples(trace: Any) -> dict[str, Any]:
+    return {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
+
+
+def _frames(site: Any) -> frozenset[tuple[str, int, int, int]]:
+    return frozenset(
+        (f.name, f.dim, f.size, f.full_size or f.size) for f in site["cond_indep_stack"] if f.vectorized and f.name != _PARTICLES
+    )
+
+
+def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
+    everything = [*_samples(model_trace).values(), *_samples(guide_trace).values()]
+    stacks = [_frames(s) for s in everything]
+    shared = frozenset.intersection(*stacks) if stacks else frozenset()
+    scale = 1.0
+    for _, _, size, full in shared:
+        scale *= full / size
+    particle_dims = any(f.name == _PARTICLES for s in everything for f in s["cond_indep_stack"])
+    unplated = not shared and any(len(s["fn"].batch_shape) > particle_dims for s in everything)
+    joint = any(st != shared for st in stacks) or unplated
+    return _Layout(tuple(sorted(d for _, d, _, _ in shared)), scale, joint, 1.0 if shared else _data_size(model_trace))
+
+
+def _data_size(model_trace: Any) -> float:
+    """Full size of the largest stack of plates around an observed site (of its batch where there is no plate)."""
+    sizes = [1.0]
+    for site in _samples(model_trace).values():
+        if site["is_observed"]:
+            full = [f[3] for f in _frames(site)]
+            sizes.append(float(np.prod(full or tuple(site["fn"].batch_shape) or (1,))))
+    return max(sizes)
+
+
+def _strip(fn: Any) -> tuple[Any, int]:
+    """The distribution inside ``Independent`` and the number of event dims it reinterpreted."""
+    count = 0
+    while isinstance(fn, Independent | torch.distributions.Independent):
+        fn, count = fn.base_dist, count + fn.reinterpreted_batch_ndims
+    return fn, count
+
+
+def _scale_and_mask(x: torch.Tensor, site: Any, layout: _Layout, event_ndim: int) -> torch.Tensor:
+    if site["mask"] is not None:
+        mask = site["mask"]
+        if isinstance(mask, torch.Tensor):
+            mask = mask.reshape(tuple(mask.shape) + (1,) * event_ndim)
+        x = torch.where(mask, x, x.new_zeros(())) if isinstance(mask, torch.Tensor) else x * float(mask)
+    scale = site["scale"]
+    return x if isinstance(scale, float | int) and scale == layout.scale else x * (scale / layout.scale)
+
+
+def _log_prob(site: Any, layout: _Layout, particle_dim: int | None) -> tuple[torch.Tensor, bool]:
+    """Per-dimension log density ``(K, *P, D)`` and whether it factorises over event dims; the shared plates' scale divided out."""
+    fn, factors = _strip(site["fn"])
+    if fn.event_dim:
+        fn, factors = site["fn"], 0
+    log_prob = _scale_and_mask(fn.log_prob(site["value"]), site, layout, factors)
+    return _lead(log_prob, factors, layout, particle_dim), factors > 0 or site["fn"].event_dim == 0
+
+
+def _lead(x: torch.Tensor, event_ndim: int, layout: _Layout, particle_dim: int | None) -> torch.Tensor:
+    """``(K, *P, D)``: particles first (added where there is no particle plate), shared plates, the rest."""
+    dims = layout.dims if particle_dim is None else (particle_dim, *layout.dims)
+    x = plates_first(x, x.dim() - event_ndim, dims)
+    return x[None] if particle_dim is None else x
+
+
+def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout, particle_dim: int | None) -> torch.Tensor | None:
+    """``KL(q || p)``, ``(K, *P, D)`` where both factorise alike, ``(K, *P, 1)`` elsewhere, ``None`` without a closed form."""
+    (q, q_factors), (p, p_factors) = _strip(guide_site["fn"]), _strip(model_site["fn"])
+    factors = q_factors if q_factors == p_factors and not q.event_dim and not p.event_dim else 0
+    if factors == 0:
+        q, p = guide_site["fn"], model_site["fn"]
+    same_scale = guide_site["scale"] is model_site["scale"] or (
+        not isinstance(guide_site["scale"], torch.Tensor) and guide_site["scale"] == model_site["scale"]
+    )
+    if not same_scale or guide_site["mask"] is not model_site["mask"]:
+        return None
+    try:
+        kl = kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+    kl = _lead(_scale_and_mask(kl, model_site, layout, factors), factors, layout, particle_dim)
+    return kl if factors else kl.sum(dim=-1, keepdim=True)
+
+
+def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
+    """Everything the model's site may depend on was drawn before it in the guide.
+
+    Every latent that precedes the site in the model counts as a possible parent: sufficient, never wrong, and it sees a bottom-up guide.
+    """
+    order = list(guide_trace.nodes)
+    before = order[: order.index(name)]
+    for other, site in _samples(model_trace).items():
+        if other == name:
+            return True
+        if not site["is_observed"] and other not in before:
+            return False
+    return False
+
+
+def _check_match(model_trace: Any, guide_trace: Any) -> None:
+    model, guide = _samples(model_trace), _samples(guide_trace)
+    for name, site in model.items():
+        if not site["is_observed"] and name not in guide:
+            raise must("guide", "draw every latent site of the model", f"no site '{name}'", f"Add pyro.sample('{name}', …) to the guide")
+    for name, site in guide.items():
+        if site["is_observed"] or site["infer"].get("is_auxiliary"):
+            continue
+        if name not in model:
+            raise must("guide", "draw only latent sites of the model", f"'{name}'", "Mark an auxiliary site with infer={'is_auxiliary': True}")
+        if model[name]["is_observed"]:
+            raise must("guide", "draw only latent sites of the model", f"the observed site '{name}'", "Remove it from the guide")
+
+
+# --- from traces to terms ---------------------------------------------------------------------------------------
+
+
+class _Replay(poutine.messenger.Messenger):
+    """Give latent and subsample sites these values."""
+
+    def __init__(self, values: Mapping[str, torch.Tensor]):
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+@contextmanager
+def _frozen_parameters(trace: Any) -> Iterator[None]:
+    """No gradient into any parameter that ``trace`` names, networks registered with ``pyro.module`` included."""
+    leaves = {id(p): p for p in _leaves(trace) if p.requires_grad}
+    try:
+        for p in leaves.values():
+            p.requires_grad_(False)
+        with warnings.catch_warnings():  # pyro.module remarks on every parameter without a gradient
+            warnings.filterwarnings("ignore", message=".*was not registered in the param store", category=UserWarning)
+            yield
+    finally:
+        for p in leaves.values():
+            p.requires_grad_(True)
+
+
+def _leaves(trace: Any) -> list[torch.Tensor]:
+    values = [s["value"] for s in trace.nodes.values() if s["type"] == "param"]
+    return [v.unconstrained() if hasattr(v, "unconstrained") else v for v in values]
+
+
+@dataclass
+class _Run:
+    """One guide and model run (of one particle, or of all under a particle plate)."""
+
+    guide_trace: Any
+    model_trace: Any
+    values: dict[str, torch.Tensor]  # as drawn
+    aliases: dict[str, torch.Tensor]  # the same values as the model and the frozen guide see them: hooks go here
+    subsamples: dict[str, torch.Tensor]
+
+
+def _run(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], subsamples: Mapping[str, torch.Tensor]) -> _Run:
+    with _Replay(subsamples):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    nodes = guide_trace.nodes.items()
+    drawn = {n: s["value"] for n, s in nodes if s["type"] == "sample" and site_is_subsample(s)}
+    values = {n: s["value"] for n, s in _samples(guide_trace).items() if not s["is_observed"]}
+    aliases = {n: v.view_as(v) for n, v in values.items()}
+    with _Replay({**drawn, **aliases}):
+        model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+    _check_match(model_trace, guide_trace)
+    return _Run(guide_trace, model_trace, values, aliases, drawn)
+
+
+def particles(
+    model: Callable, guide: Callable, args: tuple = (), kwargs: Mapping[str, Any] | None = None, *, num_particles: int = 1,
+    analytic_kl: bool = False, step: Any = 0, vectorize: bool = True, max_plate_nesting: int | None = None,
+) -> Terms:
+    r"""Run guide and model for ``num_particles`` particles.
+
+    Vectorised particles sit in a plate left of every plate of the program, which must then broadcast over leading dims; otherwise the program
+    runs once a particle.
+
+    Returns: the :class:`Terms`, with shapes ``(K, *P)``.
+    """
+    kwargs = dict(kwargs or {})
+    particle_dim = None
+    if num_particles > 1 and vectorize:
+        nesting = guess_max_plate_nesting(model, guide, args, kwargs) if max_plate_nesting is None else max_plate_nesting
+        particle_dim = -1 - nesting
+        plate = pyro.plate(_PARTICLES, num_particles, dim=particle_dim)
+        model, guide = plate(model), plate(guide)
+    runs = [_run(model, guide, args, kwargs, {})]
+    while particle_dim is None and len(runs) < num_particles:
+        runs.append(_run(model, guide, args, kwargs, runs[0].subsamples))
+    layout = _layout(runs[0].model_trace, runs[0].guide_trace)
+
+    def rerun_guide(run: _Run, values: Mapping[str, torch.Tensor]) -> Any:
+        with poutine.block(), _Replay({**run.subsamples, **values}):
+            return poutine.trace(guide).get_trace(*args, **kwargs)
+
+    def build(guide_traces: list[Any], kl: bool) -> Terms:
+        parts = [_site_arrays(g, r.model_trace, layout, particle_dim, kl) for g, r in zip(guide_traces, runs, strict=True)]
+        return _terms(parts, runs, layout, step)
+
+    def refreeze(ratio: torch.Tensor | None) -> Terms:
+        if ratio is not None:
+            ratio = ratio.detach()
+            for k, run in enumerate(runs):
+                _hook(run, ratio if particle_dim is not None else ratio[k], layout, particle_dim)
+        with ExitStack() as stack:
+            for run in runs:
+                stack.enter_context(_frozen_parameters(run.guide_trace))
+            return build([rerun_guide(r, r.aliases) for r in runs], False)
+
+    def redraw() -> dict[str, torch.Tensor]:
+        out: dict[str, list[torch.Tensor]] = {}
+        for run in runs:
+            trace = rerun_guide(run, {n: v.detach() for n, v in run.values.items()})
+            for name, site in _samples(trace).items():
+                out.setdefault(name, []).append(_log_prob(site, layout, particle_dim)[0].sum(dim=-1))
+        return {n: torch.cat(v) for n, v in out.items()}
+
+    return replace(build([r.guide_trace for r in runs], analytic_kl), refreeze=refreeze, redraw=redraw)
+
+
+def _hook(run: _Run, ratio: torch.Tensor, layout: _Layout, particle_dim: int | None) -> None:
+    """Multiply every gradient that flows into the drawn values by ``ratio``."""
+    dims = layout.dims if particle_dim is None else (particle_dim, *layout.dims)
+    for name, alias in run.aliases.items():
+        if not alias.requires_grad:
+            continue
+        event_ndim = run.guide_trace.nodes[name]["fn"].event_dim
+        shape = [1] * alias.dim()
+        for size, dim in zip(ratio.shape, dims, strict=True):
+            shape[alias.dim() - event_ndim + dim] = size
+        factor = ratio.reshape(shape)
+        alias.register_hook(lambda grad, factor=factor: grad * factor)
+
+
+def _site_arrays(guide_trace: Any, model_trace: Any, layout: _Layout, particle_dim: int | None, analytic_kl: bool) -> dict[str, Any]:
+    observed = {
+        n: _log_prob(s, layout, particle_dim)[0].sum(dim=-1) for n, s in _samples(model_trace).items() if s["is_observed"]
+    }
+    sites: dict[str, Any] = {}
+    for name, site in _samples(guide_trace).items():
+        guide_terms, guide_factors = _log_prob(site, layout, particle_dim)
+        arrays: dict[str, Any] = {"log_guide": guide_terms.sum(dim=-1)}
+        if name in model_trace.nodes:
+            prior_terms, prior_factors = _log_prob(model_trace.nodes[name], layout, particle_dim)
+            arrays["log_prior"] = prior_terms.sum(dim=-1)
+            if guide_factors and prior_factors and guide_terms.shape == prior_terms.shape:
+                arrays |= {"log_prior_terms": prior_terms, "log_guide_terms": guide_terms}
+            if analytic_kl and _kl_valid(name, model_trace, guide_trace):
+                arrays["kl"] = _analytic_kl(site, model_trace.nodes[name], layout, particle_dim)
+        else:  # an auxiliary variable of the guide
+            arrays["log_prior"] = torch.zeros_like(arrays["log_guide"])
+        sites[name] = {k: v for k, v in arrays.items() if v is not None}
+    return {"observed": observed, "sites": sites}
+
+
+def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step: Any) -> Terms:
+    """Join the particles' arrays."""
+
+    def join(xs: list[torch.Tensor]) -> torch.Tensor:
+        return xs[0] if len(xs) == 1 else torch.cat(xs)
+
+    latent = _samples(runs[0].guide_trace)
+    sites = {
+        name: Site(
+            **{k: join([p["sites"][name][k] for p in parts]) for k in parts[0]["sites"][name]},
+            reparameterised=bool(latent[name]["fn"].has_rsample),
+            guide_family=type(_strip(latent[name]["fn"])[0]).__name__,
+        )
+        for name in parts[0]["sites"]
+    }
+    observed = {name: join([p["observed"][name] for p in parts]) for name in parts[0]["observed"]}
+    like = next(iter([*(s.log_prior for s in sites.values()), *observed.values()]), None)
+    if like is None:
+        raise must("program", "have a sample site", "none", "Add pyro.sample statements to model and guide", InvalidArgument)
+    log_lik = sum(list(observed.values())[1:], start=next(iter(observed.values()))) if observed else torch.zeros_like(like)
+    vectorised = len(runs) == 1 and log_lik.shape[0] > 1
+    values = runs[0].values if vectorised else {n: torch.stack([r.values[n] for r in runs]) for n in runs[0].values}
+    return Terms(
+        log_lik, sites, step=step, scale=layout.scale, joint=layout.joint, data_per_entry=layout.data_per_entry, observed=observed, values=values
+    )
+
+
+def guess_max_plate_nesting(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """The program's plate depth, from one run whose effects are hidden."""
+    with poutine.block(), torch.random.fork_rng(devices=[]):
+        run = _run(model, guide, args, kwargs, {})
+    sites = [*_samples(run.model_trace).values(), *_samples(run.guide_trace).values()]
+    return max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
+
+
+# --- drop-in loss -----------------------------------------------------------------------------------------------
+
+
+class Loss(PyroELBO):
+    r"""An elbozoo objective as a ``pyro.infer.ELBO``, for Pyro's own ``SVI``.
+
+    .. code-block:: python
+
+        svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=Loss(IWAE(50)))
+
+    Its value is minus the *unshaped* bound summed over the shared plates (times their subsample scale); its gradient is that of the objective's
+    surrogate. It counts its own steps (``loss.step``) for schedules.
+
+    Plates that every site shares give per-datum weights. A site outside them (a global latent) makes one joint weight for the whole batch; a
+    warning says so.
+
+    Args:
+        objective: bound, gradient and shape.
+        vectorize_particles: put particles into a plate of their own (the program must broadcast over leading dims) or run once a particle.
+        max_plate_nesting: the program's plate depth; found by one extra run when not given.
+
+    Raises: Refused at the first step for a pair of objective and site that has no right gradient; InvalidArgument when the program does not
+        broadcast over particles.
+    """
+
+    def __init__(self, objective: Objective, vectorize_particles: bool = True, max_plate_nesting: int | None = None):
+        super().__init__(num_particles=objective.num_particles, vectorize_particles=False)
+        self.objective = objective
+        self.vectorize_particles = vectorize_particles
+        self.plate_nesting = max_plate_nesting
+        self.step = 0
+
+    def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Terms:
+        """Run the program once and check the objective against it."""
+        if self.num_particles > 1 and self.vectorize_particles and self.plate_nesting is None:
+            self.plate_nesting = guess_max_plate_nesting(model, guide, args, kwargs)
+        try:
+            terms = particles(
+                model, guide, args, kwargs, num_particles=self.num_particles, analytic_kl=self.objective.uses_analytic_kl, step=self.step,
+                vectorize=self.vectorize_particles, max_plate_nesting=self.plate_nesting,
+            )
+        except (RuntimeError, ValueError) as error:
+            if self.num_particles == 1 or not self.vectorize_particles or isinstance(error, InvalidArgument):
+                raise
+            raise must(
+                "program", "broadcast over a leading particle dim", f"{type(error).__name__}: {error}",
+                "Let it accept extra dims on the left, or pass vectorize_particles=False",
+            ) from error
+        self.objective.check(terms)
+        return terms
+
+    def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("elbozoo's Loss hands out Terms, not traces; see Loss.terms")
+
+    @torch.no_grad()
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Minus the bound (not differentiated, the step counter does not move)."""
+        terms = self.terms(model, guide, *args, **kwargs)
+        return (-terms.scale * self.objective.bound(terms).sum()).item()
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A tensor with the value of :meth:`loss` and the surrogate's gradient; counts one step."""
+        terms = self.terms(model, guide, *args, **kwargs)
+        value = -terms.scale * self.objective.bound(terms).detach().sum()
+        surrogate = -terms.scale * self.objective.surrogate(terms).sum()
+        self.step += 1
+        return value + surrogate - surrogate.detach()
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Backpropagate the surrogate; return minus the bound. ``SVI.step`` calls it."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+
+# --- programs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Program:
+    r"""A Pyro model and its amortised guide.
+
+    ``program.model`` and ``program.guide`` are the callables themselves, for Pyro's own ``SVI``, ``Predictive``, handlers and MCMC. PyroModules carry
+    their parameters; a program that uses ``pyro.param`` keeps them here (``store``), so that nothing is left in the global parameter store.
+
+    Args:
+        model, guide: callables with the same arguments.
+        spec: the zoo spec they were made from, if any.
+        store: a parameter-store state (``pyro.get_param_store().get_state()``) to run with.
+        trained: whether the weights mean something (``fit`` starts from them) or are a zoo program's initial ones.
+    """
+
+    model: Callable
+    guide: Callable
+    spec: Any = None
+    store: dict[str, Any] = field(default_factory=lambda: {"params": {}, "constraints": {}})
+    trained: bool = False
+
+    engine = "pyro"
+
+    def fresh(self) -> Program:
+        """What ``fit`` starts from: a copy of this program, or new initial weights for a zoo program that has none of its own yet."""
+        if self.spec is None or self.trained:
+            return self.copy()
+        return self.spec.pyro(name=self.model._pyro_name)
+
+    @contextmanager
+    def parameters(self) -> Iterator[None]:
+        """Run inside with this program's own parameter store; the global one is untouched."""
+        with pyro.get_param_store().scope(self.store) as store:
+            yield
+        self.store = store
+
+    def copy(self) -> Program:
+        """A deep copy: modules and stored parameters (a module that a plain function closes over is shared)."""
+        model, guide, store = copy.deepcopy((self.model, self.guide, self.store))
+        return Program(model, guide, self.spec, store, self.trained)
+
+    def frozen(self) -> Program:
+        """The same program whose parameters are constants: no ``param`` site is visible from outside, no gradient reaches them."""
+        twin = self.copy()
+        for p in twin._tensors().values():
+            p.requires_grad_(False)
+
+        return Program(_Hidden(twin.model, twin), _Hidden(twin.guide, twin), self.spec, twin.store)
+
+    def _modules(self) -> list[torch.nn.Module]:
+        found = []
+        for fn in (self.model, self.guide):
+            owner = fn if isinstance(fn, torch.nn.Module) else getattr(fn, "__self__", None)
+            if isinstance(owner, torch.nn.Module) and all(owner is not m for m in found):
+                found.append(owner)
+        return found
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Every parameter and buffer, unconstrained, by state-dict name, then those of the store alone."""
+        out: dict[str, torch.Tensor] = {}
+        for module in self._modules():
+            for name, value in module.state_dict(keep_vars=True).items():
+                if name in out and out[name] is not value:
+                    raise must("program", "use one name for one parameter", f"'{name}' in model and guide", "Rename one of the submodules")
+                out[name] = value
+        known = {id(v) for v in out.values()}
+        out |= {n: v for n, v in self.store["params"].items() if id(v) not in known and n.replace("$$$", ".") not in out}
+        return out
+
+    @property
+    def weights(self) -> dict[str, np.ndarray] | None:
+        """Parameters and buffers as NumPy arrays under their ``state_dict`` names; ``None`` where there are none yet."""
+        tensors = self._tensors()
+        return {n: v.detach().cpu().numpy().copy() for n, v in tensors.items()} or None
+
+    def with_weights(self, weights: Mapping[str, np.ndarray], *example: Any) -> Program:
+        """A copy of this program with the weights of a file written by either engine.
+
+        Args:
+            weights: NumPy arrays in torch's names and layouts.
+            example: arguments to run the program on once, so that ``pyro.param`` statements exist; not needed for modules.
+        Raises: InvalidArgument naming missing or unexpected weights and wrong shapes.
+        """
+        twin = self.copy()
+        if example:
+            twin.materialise(example)
+        tensors = twin._tensors()
+        check_names(weights, list(tensors))
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if tuple(weights[name].shape) != tuple(tensor.shape):
+                    raise must(
+                        f"weights['{name}']", f"have shape {tuple(tensor.shape)}", weights[name].shape, "Load weights of a program with the same hyperparameters"
+                    )
+                tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+        twin.trained = True
+        return twin
+
+    def materialise(self, args: tuple) -> None:
+        """Run once, so that every ``pyro.param`` has its initial value."""
+        with self.parameters(), torch.no_grad():
+            _run(self.model, self.guide, args, {}, {})
+
+    def apply(
+        self, fn: Callable[[Terms], Any], args: tuple, *, num_particles: int = 1, seed: int = 0, analytic_kl: bool = False
+    ) -> Any:
+        """``fn(terms)`` for fresh particles on the data ``args``, without gradients; a tree (dicts) of NumPy arrays."""
+        with self.parameters(), torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+            torch.manual_seed(seed)
+            nesting = self._plate_nesting(args) if num_particles > 1 else None
+            terms = particles(
+                self.model, self.guide, args, num_particles=num_particles, analytic_kl=analytic_kl, max_plate_nesting=nesting
+            )
+            return _to_numpy(fn(terms))
+
+    def _plate_nesting(self, args: tuple) -> int:
+        if "_nesting" not in self.__dict__:
+            self.__dict__["_nesting"] = guess_max_plate_nesting(self.model, self.guide, args, {})
+        return self.__dict__["_nesting"]
+
+    def predict(self, args: tuple, *, num_particles: int = 1, seed: int = 0, prior: bool = False) -> dict[str, dict[str, np.ndarray]]:
+        """Draws of the latents and of every observed site given them.
+
+        Args:
+            args: the data (its shapes alone matter when ``prior``).
+            prior: draw latents from the model instead of the guide.
+        Returns: ``{"latent": {site: (K, …)}, "observed": {site: (K, …)}, "mean": {site: (K, …)}}``; "mean" holds the sites whose
+            distribution has one.
+        """
+        draws: list[dict[str, dict[str, Any]]] = []
+        with self.parameters(), torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+            torch.manual_seed(seed)
+            for _ in range(num_particles):
+                values = {} if prior else _run(self.model, self.guide, args, {}, {}).values
+                with _Replay(values):
+                    trace = poutine.trace(self.model).get_trace(*args)
+                out: dict[str, dict[str, Any]] = {"latent": {}, "observed": {}, "mean": {}}
+                for name, site in _samples(trace).items():
+                    if not site["is_observed"]:
+                        out["latent"][name] = site["value"]
+                    elif tuple(site["fn"].shape()):
+                        out["observed"][name] = site["fn"].sample()
+                        try:
+                            out["mean"][name] = site["fn"].mean
+                        except NotImplementedError:
+                            pass
+                draws.append(_to_numpy(out))
+        return {g: {n: np.stack([d[g][n] for d in draws]) for n in draws[0][g]} for g in draws[0]}
+
+
+class _Hidden:
+    """A callable whose parameters an outer program does not see; its methods too (``program.model.decode(z)``)."""
+
+    def __init__(self, fn: Callable, program: Program):
+        self._fn, self._program = fn, program
+
+    def _hide(self, fn: Callable) -> Callable:
+        def hidden(*args: Any, **kwargs: Any) -> Any:
+            with self._program.parameters(), poutine.block(hide_types=["param"]):
+                return fn(*args, **kwargs)
+
+        return hidden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hide(self._fn)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._fn, name)
+        return self._hide(attribute) if callable(attribute) else attribute
+
+
+def _to_numpy(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {k: _to_numpy(v) for k, v in tree.items()}
+    return tree.detach().cpu().numpy() if isinstance(tree, torch.Tensor) else np.asarray(tree)

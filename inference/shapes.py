@@ -1,0 +1,322 @@
+r"""Shapes: how the rate is charged while training. What is reported stays the unshaped bound.
+
+Every shape here replaces each site's rate by ``gain * rate + offset``: annealing and β set one gain, free bits gate dimensions
+whose batch-mean rate is below λ (``max(λ, KL)`` has gain 0 and offset λ there), a capacity pulls the rate to a target. A shape wraps an
+objective and is an objective, so shapes nest: ``AnnealedKL(FreeBits(ELBO()))``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from elbozoo.inference.arrays import Array, cos, stop_gradient
+from elbozoo.inference.errors import Refused, must
+from elbozoo.inference.gradients import GradientEstimator
+from elbozoo.inference.objectives import ELBO, Bound, Objective, check_particles
+from elbozoo.inference.terms import Terms
+
+Unit = Literal["steps", "epochs"]
+
+
+class Shape(Objective):
+    """An objective whose training gradient charges the rate differently from the bound it reports."""
+
+    objective: Objective
+
+    @abstractmethod
+    def shape(self, terms: Terms) -> Terms:
+        """The terms with this shape's gains and offsets (constants to differentiation)."""
+
+    @property
+    def num_particles(self) -> int:
+        return self.objective.num_particles
+
+    @property
+    def gradient(self) -> GradientEstimator:
+        return self.objective.gradient
+
+    @property
+    def uses_analytic_kl(self) -> bool:
+        return self.objective.uses_analytic_kl
+
+    @property
+    def base(self) -> Bound:
+        """The bound inside every wrapping."""
+        inner = self.objective
+        return inner.base if isinstance(inner, Shape) else inner  # type: ignore[return-value]
+
+    def bound(self, terms: Terms) -> Array:
+        return self.objective.bound(terms)
+
+    def surrogate(self, terms: Terms) -> Array:
+        return self.objective.surrogate(self.shape(terms))
+
+    def check(self, terms: Terms) -> None:
+        self.objective.check(terms)
+
+    def shape_all(self, terms: Terms) -> Terms:
+        """The terms as the innermost bound sees them while training."""
+        inner = self.objective
+        terms = self.shape(terms)
+        return inner.shape_all(terms) if isinstance(inner, Shape) else terms
+
+    def scalars(self, terms: Terms) -> dict[str, Any]:
+        """The shaped bound (batch mean, nats) and every schedule's present value."""
+        shaped = self.base.bound(self.shape_all(terms)).mean()
+        return {"shaped_bound": stop_gradient(shaped), **self._schedules(terms.step)}
+
+    def _schedules(self, step: Any) -> dict[str, Any]:
+        inner = self.objective
+        return {**(inner._schedules(step) if isinstance(inner, Shape) else {}), **self.schedule(step)}
+
+    @property
+    def uses_step(self) -> bool:
+        return self.objective.uses_step
+
+    def schedule(self, step: Any) -> dict[str, Any]:
+        """This shape's own scalars at ``step``, by the name they are logged under."""
+        return {}
+
+    def in_steps(self, steps_per_epoch: int) -> Shape:
+        """The same shape with every length in epochs turned into optimisation steps."""
+        inner = self.objective
+        out: Any = self
+        if isinstance(inner, Shape):
+            out = replace(out, objective=inner.in_steps(steps_per_epoch))
+        if getattr(self, "unit", "steps") == "epochs":
+            name = self._length
+            out = replace(out, unit="steps", **{name: getattr(self, name) * steps_per_epoch})
+        return out
+
+    _length = "warmup"
+
+
+def _progress(length: float, unit: str, step: Any) -> Any:
+    """``step / length`` clipped to [0, 1], for Python numbers and arrays alike."""
+    if unit == "epochs":
+        raise must(
+            "unit", "be 'steps' outside fit, which alone knows how long an epoch is", unit, "Pass unit='steps', or shape.in_steps(steps_per_epoch)"
+        )
+    x = step / length if length > 0 else step * 0 + 1.0
+    return x + (1.0 - x) * (x > 1.0)
+
+
+def _scale_gains(terms: Terms, factor: Any) -> Terms:
+    """Multiply every gain and offset by ``factor``; sites that shared one gain go on sharing one object."""
+    cache: dict[int, Any] = {}
+    gains = {n: cache.setdefault(id(s.gain), s.gain * factor) for n, s in terms.sites.items()}
+    return terms.shaped(gains, {n: s.offset * factor for n, s in terms.sites.items()})
+
+
+@dataclass(frozen=True)
+class Beta(Shape):
+    r"""A constant weight on the rate: ``E[log p(x|z)] - β KL`` for the ELBO; log weights with the rate times β elsewhere.
+
+    Args:
+        objective: the objective to shape.
+        beta: β ≥ 0. 1 changes nothing, above 1 narrows the bottleneck, below 1 widens it.
+
+    Raises: InvalidArgument for β < 0. References: Higgins et al. 2017 (β-VAE), eq. 4.
+    """
+
+    objective: Objective = field(default_factory=ELBO)
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.beta) and self.beta >= 0):
+            raise must("beta", "be finite and at least 0", self.beta, "Use β = 1 for the plain bound")
+
+    def shape(self, terms: Terms) -> Terms:
+        return _scale_gains(terms, self.beta)
+
+    def schedule(self, step: Any) -> dict[str, Any]:
+        return {"beta": step * 0.0 + self.beta}
+
+
+@dataclass(frozen=True)
+class AnnealedKL(Shape):
+    r"""KL warm-up: the rate's weight β rises from ``start`` to 1.
+
+    Args:
+        objective: the objective to shape.
+        warmup: length of the rise (of one cycle when cyclical), in ``unit``.
+        schedule_form: "linear"; "cosine" (half a cosine wave); "cyclical" (``cycles`` rises, each linear over ``ramp`` of its cycle, then β = 1).
+        unit: "steps" or "epochs" (epochs only inside ``fit``).
+        start: β at step 0.
+        cycles, ramp: for "cyclical". After the last cycle β stays 1.
+
+    Raises: InvalidArgument for lengths ≤ 0, start outside [0, 1]. ``fit`` warns when the warm-up is longer than the run.
+    References: Bowman et al. 2016 (arXiv 1511.06349), section 3.1; Sønderby et al. 2016 (arXiv 1602.02282), eq. 18; cyclical: Fu et al. 2019 (arXiv 1903.10145), eqs. 6–7.
+    """
+
+    objective: Objective = field(default_factory=ELBO)
+    warmup: float = 10
+    schedule_form: Literal["linear", "cosine", "cyclical"] = "linear"
+    unit: Unit = "epochs"
+    start: float = 0.0
+    cycles: int = 4
+    ramp: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.warmup) and self.warmup > 0):
+            raise must("warmup", "be finite and above 0", self.warmup, "Use the objective without AnnealedKL for no warm-up")
+        if not 0.0 <= self.start <= 1.0:
+            raise must("start", "lie in [0, 1]", self.start, "β rises from start to 1")
+        if not 0.0 < self.ramp <= 1.0:
+            raise must("ramp", "lie in (0, 1]", self.ramp, "It is the share of a cycle in which β rises")
+        if self.schedule_form not in ("linear", "cosine", "cyclical"):
+            raise must("schedule_form", "be 'linear', 'cosine' or 'cyclical'", repr(self.schedule_form), "Choose one of them")
+        check_particles("cycles", self.cycles)
+
+    @property
+    def uses_step(self) -> bool:
+        return True
+
+    @property
+    def total(self) -> float:
+        """Length of the whole schedule, in ``unit``."""
+        return self.warmup * (self.cycles if self.schedule_form == "cyclical" else 1)
+
+    def beta(self, step: Any) -> Any:
+        """β at ``step`` (in steps)."""
+        if self.schedule_form == "cyclical":
+            whole = _progress(self.total, self.unit, step)
+            phase = whole * self.cycles % 1.0 / self.ramp
+            x = phase + (1.0 - phase) * ((phase > 1.0) | (whole >= 1.0))
+        else:
+            x = _progress(self.warmup, self.unit, step)
+        if self.schedule_form == "cosine":
+            x = 0.5 - 0.5 * cos(math.pi * x)
+        return self.start + (1.0 - self.start) * x
+
+    def shape(self, terms: Terms) -> Terms:
+        return _scale_gains(terms, self.beta(terms.step))
+
+    def schedule(self, step: Any) -> dict[str, Any]:
+        return {"beta": self.beta(step)}
+
+
+def _check_elbo(shape: Shape) -> None:
+    if not isinstance(shape.base, ELBO):
+        raise must(
+            f"{type(shape).__name__}.objective",
+            "be an ELBO, alone or shaped: the constraint is on its KL term, which a multi-sample bound does not have",
+            type(shape.base).__name__,
+            f"Use {type(shape).__name__}(ELBO(...)), or AnnealedKL or Beta on {type(shape.base).__name__}",
+            Refused,
+        )
+
+
+@dataclass(frozen=True)
+class FreeBits(Shape):
+    r"""Free bits: a group of latents is not charged below λ nats.
+
+    .. math:: E_q[\log p(x|z)] - \sum_j \max(\lambda, \operatorname{mean}_{batch} KL_j)
+
+    The gradient of group j's rate is exactly zero while its batch mean is below λ.
+
+    Args:
+        objective: an ELBO, alone or shaped.
+        free_bits: λ, nats per group (the name is the field's; the unit is nats).
+        per: groups are each latent "dimension" or each whole "site".
+
+    Raises: InvalidArgument for λ < 0; Refused on multi-sample bounds, on gradients that need one gain, and per dimension on sites whose guide or
+    prior does not factorise.
+    References: Kingma et al. 2016 (arXiv 1606.04934), eq. 15.
+    """
+
+    objective: Objective = field(default_factory=ELBO)
+    free_bits: float = 0.1
+    per: Literal["dimension", "site"] = "dimension"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.free_bits) and self.free_bits >= 0):
+            raise must("free_bits", "be finite and at least 0", self.free_bits, "0 is the plain ELBO")
+        if self.per not in ("dimension", "site"):
+            raise must("per", "be 'dimension' or 'site'", repr(self.per), "Choose one of them")
+        _check_elbo(self)
+        if not self.gradient.allows_gain_per_dimension:
+            raise must(
+                "FreeBits.objective.gradient", "allow a gain per dimension", type(self.gradient).__name__,
+                "Use Pathwise() or STL(); for the ELBO, DReG is STL", Refused,
+            )
+
+    def check(self, terms: Terms) -> None:
+        super().check(terms)
+        for name, site in terms.sites.items():
+            if self.per == "dimension" and site.rate_terms is None:
+                raise must(
+                    f"site '{name}' under FreeBits(per='dimension')", "have a guide and a prior that factorise over dimensions",
+                    site.guide_family or "one that does not", "Use per='site'", Refused,
+                )
+
+    def shape(self, terms: Terms) -> Terms:
+        gains, offsets = {}, {}
+        for name, site in terms.sites.items():
+            if self.per == "dimension":
+                rate_terms = site.rate_terms
+                assert rate_terms is not None, "check() refuses such sites"
+                mean = stop_gradient(rate_terms.reshape((-1, rate_terms.shape[-1])).mean(axis=0))
+                charged = (mean > self.free_bits) * 1.0
+                free = (site.gain * (1.0 - charged)).sum()
+            else:
+                charged = (stop_gradient(site.rate.mean()) > self.free_bits) * 1.0
+                free = site.gain * (1.0 - charged)
+            gains[name], offsets[name] = site.gain * charged, site.offset + self.free_bits * free
+        return terms.shaped(gains, offsets)
+
+    def schedule(self, step: Any) -> dict[str, Any]:
+        return {"free_bits": step * 0.0 + self.free_bits}
+
+
+@dataclass(frozen=True)
+class Capacity(Shape):
+    r"""A target for the rate that rises to ``capacity``: ``E[log p(x|z)] - γ |KL - C(t)|``, KL the batch mean over all sites.
+
+    Args:
+        objective: an ELBO, alone or shaped.
+        capacity: C at the end of the rise, nats.
+        gamma: γ, the pull.
+        warmup: length of the linear rise from 0, in ``unit``.
+        unit: "steps" or "epochs" (epochs only inside ``fit``).
+
+    Raises: InvalidArgument for negative values; Refused on multi-sample bounds. References: Burgess et al. 2018 (arXiv 1804.03599), eq. 8.
+    """
+
+    objective: Objective = field(default_factory=ELBO)
+    capacity: float = 25.0
+    gamma: float = 1.0
+    warmup: float = 10
+    unit: Unit = "epochs"
+
+    def __post_init__(self) -> None:
+        for name in ("capacity", "gamma", "warmup"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise must(name, "be finite and at least 0", value, "See Capacity's docstring for its meaning")
+        _check_elbo(self)
+
+    @property
+    def uses_step(self) -> bool:
+        return True
+
+    def target(self, step: Any) -> Any:
+        """C at ``step`` (in steps), nats."""
+        return self.capacity * _progress(self.warmup, self.unit, step)
+
+    def shape(self, terms: Terms) -> Terms:
+        target = self.target(terms.step)
+        above = (stop_gradient(terms.rate.mean()) > target) * 2.0 - 1.0
+        pulled = _scale_gains(terms, self.gamma * above)
+        first = next(iter(terms.sites))
+        offsets = {n: s.offset - self.gamma * above * target * (n == first) for n, s in pulled.sites.items()}
+        return pulled.shaped({n: s.gain for n, s in pulled.sites.items()}, offsets)
+
+    def schedule(self, step: Any) -> dict[str, Any]:
+        return {"capacity": self.target(step)}
+
+
+SHAPES: tuple[type[Shape], ...] = (Beta, AnnealedKL, FreeBits, Capacity)

@@ -1,0 +1,149 @@
+r"""What an engine hands to an objective: the per-particle, per-datum log densities of one guide and model run.
+
+Shapes: ``K`` particles first, then the plates that *every* site shares, ``*P`` (usually one data plate, ``B``), then ``D``
+for the dimensions of one latent site. All log densities are in nats, with their normalising constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from jaxtyping import Float
+
+from elbozoo.inference.arrays import Array
+
+
+@dataclass(frozen=True)
+class Site:
+    r"""One latent site ``z`` of the guide.
+
+    Attributes:
+        log_prior: ``log p(z | parents in the model)``, ``(K, *P)``.
+        log_guide: ``log q(z | parents in the guide, x)``, ``(K, *P)``.
+        log_prior_terms, log_guide_terms: the same per latent dimension, ``(K, *P, D)``; ``None`` unless both factorise.
+        kl: analytic ``KL(q || p)`` of the site given what was drawn before it, per dimension where both factorise
+            (``D = 1`` otherwise); ``None`` when it was not asked for, has no closed form, or would be wrong because
+            the model's site depends on a value that the guide draws later.
+        reparameterised: whether gradients flow through the drawn value.
+        gain, offset: the shaped rate is ``gain * rate + offset`` (see :mod:`elbozoo.inference.shapes`); ``gain`` is a
+            scalar or one number per dimension ``(D,)``, ``offset`` a scalar per site.
+        guide_family: the class name of the guide's distribution, for messages.
+    """
+
+    log_prior: Float[Any, "K *P"]
+    log_guide: Float[Any, "K *P"]
+    log_prior_terms: Float[Any, "K *P D"] | None = None
+    log_guide_terms: Float[Any, "K *P D"] | None = None
+    kl: Float[Any, "K *P E"] | None = None
+    reparameterised: bool = True
+    gain: Any = 1.0
+    offset: Any = 0.0
+    guide_family: str = ""
+
+    @property
+    def rate(self) -> Array:
+        """``KL(q || p)``: analytic where the engine found it valid, else the sample ``log q - log p``; ``(K, *P)``."""
+        return self.log_guide - self.log_prior if self.kl is None else self.kl.sum(axis=-1)
+
+    @property
+    def rate_terms(self) -> Array | None:
+        """The rate per latent dimension, ``(K, *P, D)``, or ``None`` where the site does not factorise."""
+        if self.kl is not None and (self.kl.shape[-1] > 1 or self.log_guide_terms is not None):
+            return self.kl
+        if self.log_guide_terms is None or self.log_prior_terms is None:
+            return None
+        return self.log_guide_terms - self.log_prior_terms
+
+    @property
+    def shaped_rate(self) -> Array:
+        """``Σ_j gain_j rate_j + offset``, ``(K, *P)``: what the training objective charges for this site."""
+        if getattr(self.gain, "ndim", 0) == 0:
+            return self.gain * self.rate + self.offset
+        terms = self.rate_terms
+        assert terms is not None, "a gain per dimension is set only where the rate factorises"
+        return (self.gain * terms).sum(axis=-1) + self.offset
+
+
+@dataclass(frozen=True)
+class Terms:
+    r"""The arrays of one run of guide and model that every objective is made of.
+
+    The log weight is :math:`\log w = \log p(x|z) - \sum_s (\log q_s - \log p_s)`, where a site with an analytic KL
+    contributes that KL in place of its sample. Shapes charge each site ``gain * rate + offset`` instead.
+
+    Attributes:
+        log_lik: ``log p(x | z)`` summed over observed sites, ``(K, *P)``.
+        sites: latent sites in the order the guide draws them.
+        step: optimisation step (0-based), for schedules.
+        scale: ``size / subsample_size`` of the shared plates; outside every logarithm of a mean.
+        joint: some site lies outside a plate that another site is in, so one weight covers the whole batch.
+        data_per_entry: how many data one entry of a bound covers: 1 under a shared data plate; the data plate's size where the weight is joint.
+        observed: ``log p`` of each observed site, ``(K, *P)``; they sum to ``log_lik``.
+        values: the drawn latent values, ``(K, …)``.
+        refreeze: engine callback behind :meth:`freeze`.
+        redraw: engine callback behind :meth:`log_guide_at_stopped_values`.
+    """
+
+    log_lik: Float[Any, "K *P"]
+    sites: Mapping[str, Site]
+    step: Any = 0
+    scale: Any = 1.0
+    joint: bool = False
+    data_per_entry: float = 1.0
+    observed: Mapping[str, Array] = field(default_factory=dict)
+    values: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    refreeze: Callable[[Array | None], Terms] | None = field(default=None, repr=False)
+    redraw: Callable[[], Mapping[str, Array]] | None = field(default=None, repr=False)
+
+    @property
+    def num_particles(self) -> int:
+        return self.log_lik.shape[0]
+
+    @property
+    def log_weight(self) -> Array:
+        """Shaped log importance weight, ``(K, *P)``; the plain one when no shape has touched these terms."""
+        total = self.log_lik
+        for site in self.sites.values():
+            total = total - site.shaped_rate
+        return total
+
+    @property
+    def rate(self) -> Array:
+        """Unshaped rate summed over sites, ``(K, *P)``."""
+        return sum((site.rate for site in self.sites.values()), start=0.0 * self.log_lik)
+
+    @property
+    def gain(self) -> Any:
+        """The gain that all sites share. Objectives that need one number (DReG) call this.
+
+        Raises:
+            AssertionError: when sites differ; the gradient estimators refuse such shapes first.
+        """
+        gains = [site.gain for site in self.sites.values()]
+        assert gains and all(g is gains[0] for g in gains)
+        return gains[0]
+
+    def shaped(self, gains: Mapping[str, Any], offsets: Mapping[str, Any]) -> Terms:
+        """Terms with other gains and offsets by site."""
+        sites = {n: replace(s, gain=gains[n], offset=offsets[n]) for n, s in self.sites.items()}
+        return replace(self, sites=sites)
+
+    def freeze(self, path_gradient: Array | None = None) -> Terms:
+        r"""The same values with the guide's parameters held constant inside ``log q`` (paths through ``z`` are kept).
+
+        Args:
+            path_gradient: ``(K, *P)`` factor (taken as constant) on every gradient that flows into the drawn values;
+                forward values do not change. ``None`` is a factor of one.
+        """
+        assert self.refreeze is not None, "these terms were not made by an engine"
+        fresh = self.refreeze(path_gradient)
+        return replace(fresh, step=self.step).shaped(
+            {n: s.gain for n, s in self.sites.items()}, {n: s.offset for n, s in self.sites.items()}
+        )
+
+    def log_guide_at_stopped_values(self) -> Mapping[str, Array]:
+        """``log q`` by site, ``(K, *P)``, differentiable in the guide's parameters alone (the score)."""
+        assert self.redraw is not None, "these terms were not made by an engine"
+        return self.redraw()

@@ -1,0 +1,475 @@
+"""``fit``: one call for both engines and every objective; and ``Run``, what it returns."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from elbozoo._version import __version__
+from elbozoo.inference import storage
+from elbozoo.inference.errors import CorruptFile, NonFinite, must
+from elbozoo.inference.objectives import ELBO, Objective, check_particles
+from elbozoo.inference.optimizers import Adam
+from elbozoo.inference.parts import one_of
+from elbozoo.inference.recording import rewind
+from elbozoo.inference.shapes import AnnealedKL, Capacity, Shape
+
+if TYPE_CHECKING:
+    from elbozoo.inference.evaluation import Evaluation
+
+Binarize = Literal["none", "stochastic", "static", "threshold"]
+CHECKPOINT, WEIGHTS, CONFIG, HISTORY = "checkpoint.safetensors", "weights.safetensors", "config.json", "history.json"
+
+
+@dataclass(eq=False)
+class Run:
+    """A trained program with its history and settings.
+
+    Attributes:
+        program: the program with trained weights bound; its ``model`` and ``guide`` go into the user's own programs (torch modules in evaluation mode).
+        objective: what was maximised.
+        history: one dict an epoch: ``epoch``, ``step``, ``bound`` (unshaped, nats per datum, training minibatches), ``rate``, ``distortion``, ``kl_<site>``,
+            ``grad_norm``, ``seconds``; ``valid_bound`` with held-out data; ``shaped_bound``, ``beta``, … under a shape.
+        config: settings, versions and seeds; JSON-able.
+    """
+
+    program: Any
+    objective: Objective
+    history: list[dict[str, float]]
+    config: dict[str, Any]
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        """Trained weights under torch's ``state_dict`` names and layouts."""
+        return self.program.weights
+
+    def prepare(self, data: Any) -> tuple:
+        """``data`` as this run's program takes it: checked, flattened, and binarised as in training (redrawn pixels: one draw, the same for every run)."""
+        return prepare(self.program, data, self.config["binarize"])
+
+    def evaluate(self, data: Any, **options: Any) -> Evaluation:
+        """Importance-sampled NLL and the rest of :func:`elbozoo.inference.evaluation.evaluate` on ``data``, binarised as in training."""
+        from elbozoo.inference.evaluation import evaluate
+
+        return evaluate(self.program, self.prepare(data), **options)
+
+    def to_arviz(self, data: Any, **options: Any) -> Any:
+        """ArviZ groups for ``data``; see :func:`elbozoo.inference.posterior.to_arviz`."""
+        from elbozoo.inference.posterior import to_arviz
+
+        return to_arviz(self.program, self.prepare(data), **options)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write config, weights and history into ``directory``, each file whole or not at all.
+
+        Raises: WriteFailed; what was there before is intact.
+        """
+        directory = Path(directory)
+        storage.save_arrays(directory / WEIGHTS, self.weights, {"engine": self.program.engine})
+        storage.save_json(directory / HISTORY, {"rows": self.history})
+        storage.save_json(directory / CONFIG, self.config)
+        return directory
+
+    @classmethod
+    def load(cls, directory: str | Path, program: Any = None, *example: Any) -> Run:
+        """Read a run folder.
+
+        Args:
+            directory: what :meth:`save`, ``fit(directory=…)`` or ``elbozoo train`` wrote.
+            program: the untrained program; rebuilt from the config for a model of the zoo. Any engine will do: weights are shared.
+            example: a small batch, for a program that is not of the zoo.
+
+        Raises: CorruptFile naming a missing, truncated or altered file; InvalidArgument when the weights are of another program.
+        """
+        directory = Path(directory)
+        config = storage.load_json(directory / CONFIG)
+        arrays, _ = storage.load_arrays(directory / WEIGHTS)
+        history = storage.load_json(directory / HISTORY)
+        for name, content, keys in ((CONFIG, config, {"engine", "objective", "seed", "binarize"}), (HISTORY, history, {"rows"})):
+            if missing := sorted(keys - set(content)):
+                todo = "Restore it from a copy; another file may lie in its place"
+                raise must(str(directory / name), f"have {', '.join(missing)}", sorted(content), todo, CorruptFile)
+        if program is None:
+            if config.get("spec") is None:
+                raise must("program", "be given for a run of a program that is not of the zoo", "None", "Pass Run.load(directory, program, x[:1])")
+            from elbozoo.zoo.spec import Spec
+
+            program = getattr(Spec.from_config(config["spec"]), config["engine"])()
+        return cls(program.with_weights(arrays, *example), objective_from_config(config["objective"]), history["rows"], config)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------
+
+
+def to_config(part: Any) -> Any:
+    """A frozen dataclass as a JSON-able dict, class names under ``"class"``; a function by its name alone.
+
+    A learning-rate function with settings of its own is best a frozen dataclass with ``__call__``: then they are kept, and compared on resuming.
+    """
+    if is_dataclass(part) and not isinstance(part, type):
+        return {"class": type(part).__name__, **{f.name: to_config(getattr(part, f.name)) for f in fields(part)}}
+    if isinstance(part, str | int | float | bool | None):
+        return part
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))  # an address differs from process to process
+
+
+def objective_from_config(config: Mapping[str, Any]) -> Objective:
+    """The objective that :func:`to_config` described. Nothing is evaluated: names are looked up among the public ones."""
+    from elbozoo import inference
+
+    values = {k: objective_from_config(v) if isinstance(v, Mapping) else v for k, v in config.items() if k != "class"}
+    cls = getattr(inference, str(config.get("class")), None)
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise must("objective", "be one that this version knows", config.get("class"), "Use the version that wrote it", CorruptFile)
+    return cls(**values)
+
+
+def environment(engine: str) -> dict[str, str]:
+    """Versions of everything that a figure may depend on."""
+    names = ["numpy", *(["torch", "pyro-ppl"] if engine == "pyro" else ["jax", "numpyro", "flax", "optax"])]
+    found = {"elbozoo": __version__}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # pragma: no cover
+            continue
+    return found
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def prepare(program: Any, data: Any, binarize: str = "none", check: bool = True) -> tuple:
+    """Data as a tuple of arrays that the program accepts, checked.
+
+    Images ``(N, H, W)`` are flattened for a spec with as many pixels. ``binarize``: "stochastic" and "static" draw each pixel once from a Bernoulli with
+    the pixel as mean (the same draw in every run, so that runs compare), "threshold" cuts at one half. ``check``: hold the data against the spec's likelihood.
+
+    Raises: InvalidArgument for empty, misshapen, non-finite or out-of-range data, with what to do.
+    """
+    arrays = tuple(_numbers(a) for a in (data if isinstance(data, tuple) else (data,)))
+    if any(a.ndim == 0 or len(a) == 0 for a in arrays) or not arrays:
+        raise must("data", "hold at least one datum", f"shape {[a.shape for a in arrays]}", "Pass an array whose first axis runs over data")
+    if len({len(a) for a in arrays}) > 1:
+        raise must("data", "have arrays of one length", [len(a) for a in arrays], "Their first axes run over the same data")
+    arrays = tuple(a if a.dtype.kind != "f" else a.astype(_float(program), copy=False) for a in arrays)
+    for a in arrays:
+        if a.dtype.kind == "f" and not np.isfinite(a).all():
+            bad = np.flatnonzero(~np.isfinite(a.reshape(len(a), -1)).all(axis=1))
+            raise must("data", "be finite", f"{len(bad)} data with NaN or infinite entries, the first at index {bad[0]}", "Drop or mask them first")
+    spec = program.spec
+    if spec is not None:
+        x = arrays[0]
+        if x.ndim > 2 and int(np.prod(x.shape[1:])) == spec.data_dim:
+            x = x.reshape(len(x), -1)
+        x = x.astype(_float(program), copy=False)
+        arrays = (x, *arrays[1:])
+    if binarize != "none":
+        arrays = (_binarize(arrays[0], binarize), *arrays[1:])
+    if spec is not None and check:
+        spec.check(arrays[0])
+    return arrays
+
+
+def _numbers(x: Any) -> np.ndarray:
+    try:
+        array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+    except ValueError as error:
+        raise must("data", "be a rectangular array", f"{type(x).__name__}: {error}", "Give every datum the same shape") from error
+    if array.dtype.kind not in "fiub":
+        raise must("data", "be an array of numbers", f"dtype {array.dtype}", "Pass a float or integer array")
+    return array
+
+
+def _binarize(x: np.ndarray, how: str) -> np.ndarray:
+    if x.min() < 0 or x.max() > 1:
+        raise must("data", "lie in [0, 1] to be binarised", f"[{x.min()}, {x.max()}]", "Divide 8-bit pixels by 255")
+    if how == "threshold":
+        return (x > 0.5).astype(x.dtype)
+    return (np.random.default_rng(0).random(x.shape) < x).astype(x.dtype)
+
+
+def _float(program: Any) -> Any:
+    """The engine's default float type."""
+    if program.engine == "pyro":
+        import torch
+
+        return np.float64 if torch.get_default_dtype() == torch.float64 else np.float32
+    import jax.numpy as jnp
+
+    return np.dtype(jnp.result_type(float))
+
+
+def batches(seed: int, epoch: int, num_data: int, batch_size: int) -> np.ndarray:
+    """Shuffled minibatches of one epoch, ``(steps, batch)``: the same in both engines. What does not fill a batch sits this epoch out."""
+    size = min(batch_size, num_data)
+    order = np.random.default_rng([seed, epoch]).permutation(num_data)
+    return order[: num_data // size * size].reshape(-1, size)
+
+
+# --- fit --------------------------------------------------------------------------------------------------------
+
+
+def fit(
+    program: Any,
+    data: Any,
+    *,
+    objective: Objective | None = None,
+    epochs: int = 10,
+    batch_size: int = 128,
+    learning_rate: float | Callable[[Any], Any] = 1e-3,
+    optimizer: Any = None,
+    seed: int = 0,
+    valid: Any = None,
+    binarize: Binarize = "none",
+    replicates: int | None = None,
+    early_stopping: int | None = None,
+    directory: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 1,
+    device: str | None = None,
+    progress: bool = True,
+) -> Any:
+    r"""Train a program's model and guide together: maximise the objective's surrogate, report its bound.
+
+    The program is left as it is: the trained one is ``run.program``. A program that already has trained weights goes on from them.
+
+    Args:
+        program: a zoo program, or ``Program(model, guide)`` of either engine around the user's own.
+        data: array ``(N, …)``, or a tuple of arrays passed to model and guide as arguments. Images are flattened for a zoo program.
+        objective: bound, gradient and shape; ``ELBO()`` by default.
+        epochs: passes over the data.
+        batch_size: data a minibatch; larger than the data means all of it. The rest that does not fill a batch sits out, another one every epoch.
+        learning_rate: Adam's step size, or a function of the step.
+        optimizer: :class:`~elbozoo.inference.optimizers.Adam`, an optax transformation (NumPyro), or a function from parameters to a torch optimizer (Pyro).
+            Overrides ``learning_rate``.
+        seed: fixes initial weights, order and noise.
+        valid: held-out data, on which the bound is computed every epoch.
+        binarize: for grey pixels under a Bernoulli: "stochastic" redraws every pixel at every step with the pixel as mean; "static" draws once, the same
+            whatever the seed; "threshold" cuts at ½.
+        replicates: train this many seeds (``seed``, ``seed + 1``, …); the result is a list of runs. On JAX they are one vectorised program.
+        early_stopping: stop when the held-out bound has not risen for this many epochs (needs ``valid``; not with replicates).
+        directory: write config, weights, history and a checkpoint here, each file whole or not at all.
+        resume: go on from the checkpoint in ``directory`` (to more ``epochs``, if asked), bit for bit as if never stopped. Without a checkpoint, start.
+        checkpoint_every: epochs between checkpoints; the last epoch always has one.
+        device: "cpu", "gpu", …; the library's default when None.
+        progress: show a bar.
+
+    Returns: a :class:`Run`, or a list of them with ``replicates``.
+
+    Units: every figure of the history is nats per datum.
+
+    Raises:
+        InvalidArgument: bad settings or data, before anything is written.
+        Refused: the objective has no right gradient on this program.
+        NonFinite: a bound or gradient went non-finite; carries the site, the step and the run with the last good state.
+        CorruptFile: the checkpoint is unreadable.
+        WriteFailed: the folder is not writable, or the disk full (earlier files are intact; resume when there is room).
+    """
+    objective = ELBO() if objective is None else objective
+    _check_settings(program, objective, epochs, batch_size, seed, binarize, replicates, early_stopping, valid, checkpoint_every, resume, directory)
+    optimizer = Adam(learning_rate) if optimizer is None else optimizer
+    train = prepare(program, data, binarize)
+    redraw = binarize == "stochastic"
+    if redraw:  # what was checked is one draw; training draws anew from the grey pixels at every step
+        train = prepare(program, data, check=False)
+    held_out = None if valid is None else prepare(program, valid, binarize)
+    num_data = len(train[0])
+    steps = num_data // min(batch_size, num_data)
+    shaped = objective.in_steps(steps) if isinstance(objective, Shape) else objective
+    _warn_long_warmup(shaped, epochs * steps)
+
+    config = {
+        "engine": program.engine, "spec": None if program.spec is None else program.spec.to_config(), "objective": to_config(objective),
+        "optimizer": to_config(optimizer), "epochs": epochs, "batch_size": batch_size, "seed": seed, "binarize": binarize, "num_data": num_data,
+        "replicates": replicates, "device": device, "versions": environment(program.engine),
+    }
+    if directory is not None:
+        _check_directory(Path(directory), resume)
+        # to know the data again on resuming
+        config |= {"data": storage.checksum(train), "valid": None if held_out is None else storage.checksum(held_out)}
+    if replicates is not None and program.engine == "pyro":  # torch has no vmap over whole programs: one after another
+        where = [None if directory is None else Path(directory) / f"replicate-{r}" for r in range(replicates)]
+        return [
+            fit(program, data, objective=objective, epochs=epochs, batch_size=batch_size, optimizer=optimizer, seed=seed + r, valid=valid, binarize=binarize,
+                directory=where[r], resume=resume, checkpoint_every=checkpoint_every, device=device, progress=progress)
+            for r in range(replicates)
+        ]  # fmt: skip
+    seeds = [seed + r for r in range(replicates or 1)]
+    trainer_class = importlib.import_module(f"elbozoo.inference.{program.engine}_trainer").Trainer
+    trainer = trainer_class(program, shaped, optimizer, train, seeds=seeds, redraw_pixels=redraw, device=device)
+    loop = _Loop(trainer, objective, config, seeds, None if directory is None else Path(directory))
+    if resume and directory is not None and (Path(directory) / CHECKPOINT).exists():
+        loop.resume(epochs)
+
+    def stopped() -> bool:
+        return loop.epoch >= epochs or (early_stopping is not None and _stalled(loop.rows[0], early_stopping))
+
+    with _bar(progress, epochs, loop) as tick:
+        while not stopped():
+            loop.run_epoch(num_data, batch_size)
+            if held_out is not None:
+                for rows, value in zip(loop.rows, trainer.held_out(held_out, min(batch_size, len(held_out[0]))), strict=True):
+                    rows[-1]["valid_bound"] = float(value)
+            tick()
+            if directory is not None and (stopped() or loop.epoch % checkpoint_every == 0):
+                loop.checkpoint()
+    runs = loop.runs()
+    if directory is not None:
+        for r, run in enumerate(runs):
+            run.save(Path(directory) if replicates is None else Path(directory) / f"replicate-{r}")
+    return runs[0] if replicates is None else runs
+
+
+class _Loop:
+    """A training in progress: trainer, rows of history, epoch; what a checkpoint holds."""
+
+    def __init__(self, trainer: Any, objective: Objective, config: dict[str, Any], seeds: list[int], directory: Path | None):
+        self.trainer, self.objective, self.config, self.seeds, self.directory = trainer, objective, config, seeds, directory
+        self.epoch, self.rows = 0, [[] for _ in seeds]
+
+    def run_epoch(self, num_data: int, batch_size: int) -> None:
+        start = time.perf_counter()
+        order = np.stack([batches(s, self.epoch, num_data, batch_size) for s in self.seeds])
+        before = self.trainer.snapshot()
+        metrics = self.trainer.epoch(order)
+        bad = ~(np.isfinite(metrics["bound"]) & np.isfinite(metrics["grad_norm"])).all(axis=0)
+        if bad.any() or self.trainer.bad_parameter():
+            self._stop(before, order, int(np.argmax(bad)) if bad.any() else order.shape[1])
+        self.epoch += 1
+        seconds = time.perf_counter() - start
+        for r, rows in enumerate(self.rows):
+            row = {n: float(v[r].mean()) for n, v in metrics.items()}
+            for name in ("beta", "capacity"):  # a schedule's value where the epoch ends
+                if name in metrics:
+                    row[name] = float(metrics[name][r, -1])
+            rows.append({"epoch": self.epoch, "step": self.epoch * order.shape[1], **row, "seconds": seconds})
+
+    def _stop(self, before: Any, order: np.ndarray, bad_step: int) -> None:
+        site, within, replicate = rewind(self.trainer, before, order, bad_step)
+        step = self.epoch * order.shape[1] + within
+        run = None if self.trainer.bad_parameter() else self.runs()[replicate]
+        where = "there is no good state: the initial parameters are not finite" if run is None else "the last good state is in error.run"
+        if run is not None and self.directory is not None:
+            try:
+                where += f" and in {run.save(self.directory / 'last-good')}"
+            except storage.WriteFailed as error:
+                where += f" (not on disk: {error})"
+        seed = f", seed {self.seeds[replicate]}" if len(self.seeds) > 1 else ""
+        raise NonFinite(
+            f"site '{site}' must stay finite while training; got a non-finite value at step {step} (epoch {self.epoch + 1}{seed}). "
+            f"Lower the learning rate, clip gradients with Adam(clip_norm=…), or bound the scale; {where.rstrip('.')}.",
+            site, step, run,
+        )
+
+    def runs(self) -> list[Run]:
+        return [
+            Run(program, self.objective, rows, {**self.config, "seed": seed})
+            for program, rows, seed in zip(self.trainer.programs(), self.rows, self.seeds, strict=True)
+        ]
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the run that was stopped."""
+        return json.loads(json.dumps({k: v for k, v in self.config.items() if k not in ("epochs", "versions", "device")}))
+
+    def checkpoint(self) -> None:
+        """State, history and settings in one file, so that they cannot disagree."""
+        assert self.directory is not None
+        notes = {"epoch": self.epoch, "rows": self.rows, "settings": self._settings}
+        storage.save_arrays(self.directory / CHECKPOINT, self.trainer.arrays(), notes)
+
+    def resume(self, epochs: int) -> None:
+        assert self.directory is not None
+        arrays, notes = storage.load_arrays(self.directory / CHECKPOINT)
+        if "settings" not in notes:
+            raise must(str(self.directory / CHECKPOINT), "be a checkpoint of this library", "a file without settings", "Choose another directory", CorruptFile)
+        changed = [k for k, v in self._settings.items() if notes["settings"].get(k) != v]
+        if changed:
+            raise must("settings", "equal those of the run to resume", f"different {', '.join(changed)}", "Resume with the same settings (epochs may grow), or start in another directory")
+        if notes["epoch"] > epochs:
+            raise must("epochs", f"be at least the {notes['epoch']} of the checkpoint", epochs, "Ask for more, or start in another directory")
+        self.trainer.restore(arrays)
+        self.epoch, self.rows = notes["epoch"], notes["rows"]
+
+
+def _check_settings(
+    program: Any, objective: Any, epochs: Any, batch_size: Any, seed: Any, binarize: Any, replicates: Any, early_stopping: Any, valid: Any,
+    checkpoint_every: Any, resume: Any, directory: Any,
+) -> None:  # fmt: skip
+    if getattr(program, "engine", None) not in ("pyro", "numpyro"):
+        raise must("program", "be a zoo program, or a Program around your own model and guide", type(program).__name__,
+                   "Write VAE(…).numpyro(), or elbozoo.inference.numpyro_engine.Program(model, guide)")
+    if not isinstance(objective, Objective):
+        raise must("objective", "be an objective", repr(objective), "Write objective=IWAE(num_particles=50), say")
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
+        check_particles(name, value)
+    check_particles("seed", seed, 0)
+    if seed >= 2**31:
+        raise must("seed", "be below 2**31", seed, "Pass a smaller one; it fits both engines")
+    for name, value in (("replicates", replicates), ("early_stopping", early_stopping)):
+        if value is not None:
+            check_particles(name, value)
+    one_of("binarize", binarize, get_args(Binarize))
+    if early_stopping is not None and (valid is None or replicates is not None):
+        raise must("early_stopping", "go with held-out data and one replicate", f"valid={'given' if valid is not None else None}, replicates={replicates}",
+                   "Pass valid=…, and replicates=None")
+    if resume and directory is None:
+        raise must("directory", "be given to resume", "None", "Pass the directory of the run to go on with")
+
+
+def _check_directory(directory: Path, resume: bool) -> None:
+    """Refuse to write over an earlier run, and find out now whether the directory can be written to."""
+    if not resume and any((directory / name).exists() for name in (CHECKPOINT, WEIGHTS, "replicate-0")):
+        raise must("directory", "hold no earlier run", str(directory), "Pass resume=True to go on with it, or another directory")
+    storage.check_writable(directory)
+
+
+def _warn_long_warmup(objective: Objective, steps: int) -> None:
+    while isinstance(objective, Shape):
+        length = objective.total if isinstance(objective, AnnealedKL) else objective.warmup if isinstance(objective, Capacity) else 0
+        if length > steps:
+            warnings.warn(
+                f"{type(objective).__name__}: the warm-up of {length:g} steps is longer than the run of {steps} steps, so training ends on another "
+                "objective than the reported bound. Shorten the warm-up or train for longer.", stacklevel=3,
+            )  # fmt: skip
+        objective = objective.objective
+
+
+def _stalled(rows: list[dict[str, float]], patience: int) -> bool:
+    bounds = np.nan_to_num([r["valid_bound"] for r in rows], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    return len(bounds) > 0 and len(bounds) - 1 - int(np.argmax(bounds)) >= patience
+
+
+class _bar:
+    """A progress bar over epochs with the latest bound."""
+
+    def __init__(self, show: bool, epochs: int, loop: _Loop):
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        self.progress, self.epochs, self.loop = Progress(*columns, disable=not show), epochs, loop
+
+    def __enter__(self) -> Callable[[], None]:
+        self.progress.start()
+        self.task = self.progress.add_task("epochs", total=self.epochs, completed=self.loop.epoch, note="compiling" if self.loop.epoch == 0 else "")
+        return self.tick
+
+    def tick(self) -> None:
+        rows = [r[-1] for r in self.loop.rows]
+        note = f"bound {np.mean([r['bound'] for r in rows]):.2f} nats"
+        if "valid_bound" in rows[0]:
+            note += f", held out {np.mean([r['valid_bound'] for r in rows]):.2f}"
+        self.progress.update(self.task, completed=self.loop.epoch, note=note)
+
+    def __exit__(self, *exc: Any) -> None:
+        self.progress.stop()

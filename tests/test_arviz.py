@@ -1,0 +1,309 @@
+"""Posterior draws in ArviZ's groups: what is in them, by SciPy's densities and a linear model's exact posterior.
+
+It runs under ArviZ 0.23 (``InferenceData``) and ArviZ 1.x (``DataTree``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import arviz
+import matplotlib
+import numpy as np
+import pytest
+from scipy import stats
+
+from elbozoo._version import __version__
+from elbozoo.inference.errors import InvalidArgument, NonFinite
+from elbozoo.inference.posterior import effective_draws, resampled, to_arviz
+from elbozoo.inference.psis import pareto_k
+from elbozoo.zoo import LinearVAE
+
+pytestmark = pytest.mark.arviz
+
+OLD = arviz.__version__.startswith("0.")
+SPEC = LinearVAE(data_dim=6, latent_dim=2, scale=0.7)
+RNG = np.random.default_rng(1)
+DATA = RNG.normal(size=(5, 6))
+MODEL = {"decoder.weight": RNG.normal(size=(6, 2)), "decoder.bias": RNG.normal(size=6)}
+EMPTY = {"encoder.weight": np.zeros((2, 6)), "encoder.bias": np.zeros(2), "encoder_log_scale": np.zeros(2)}
+BEST = SPEC.exact_guide(MODEL | EMPTY)
+WIDE = BEST | {"encoder.bias": BEST["encoder.bias"] + 0.2, "encoder_log_scale": BEST["encoder_log_scale"] + 0.4}
+MEAN, COVARIANCE = SPEC.posterior(BEST, DATA)
+
+
+def program(engine: str, weights: dict[str, np.ndarray] = WIDE) -> Any:
+    return getattr(SPEC, engine)().with_weights(weights)
+
+
+def library(engine: str) -> tuple[Any, Any, Any]:
+    """(the library, its distributions, a function that makes a program of a model and a guide)"""
+    if engine == "pyro":
+        import pyro
+        import pyro.distributions as dist
+        from elbozoo.inference.pyro_engine import Program
+
+        return pyro, dist, Program
+    import numpyro
+    import numpyro.distributions as dist
+    from elbozoo.inference.numpyro_engine import Program
+
+    return numpyro, dist, lambda model, guide: Program(model, guide).with_params({})
+
+
+def groups(found: Any) -> set[str]:
+    return set(found.groups()) if OLD else {name for name, _ in found.children.items()}
+
+
+# --- structure --------------------------------------------------------------------------------------------------
+
+
+def test_groups_dims_and_coords(engine: str) -> None:
+    found = to_arviz(program(engine), DATA, num_draws=30, coords={"data": list("abcde")})
+    dims = {
+        "posterior": {"z": ("chain", "draw", "data", "z_dim")},
+        "posterior_resampled": {"z": ("chain", "draw", "data", "z_dim")},
+        "posterior_predictive": {"x": ("chain", "draw", "data", "pixel")},
+        "log_likelihood": {"x": ("chain", "draw", "data")},
+        "sample_stats": {"log_weight": ("chain", "draw", "data"), "pareto_k": ("data",), "ess": ("data",)},
+        "prior": {"z": ("chain", "draw", "data", "z_dim")},
+        "prior_predictive": {"x": ("chain", "draw", "data", "pixel")},
+        "observed_data": {"x": ("data", "pixel")},
+    }
+    assert groups(found) == set(dims)
+    sizes = {"chain": 1, "draw": 30, "data": 5, "z_dim": 2, "pixel": 6}
+    for group, variables in dims.items():
+        assert {name: tuple(v.dims) for name, v in found[group].data_vars.items()} == variables
+        assert all(found[group].sizes[d] == sizes[d] for d in found[group].sizes)
+        assert list(found[group].coords["data"].values) == list("abcde")
+    np.testing.assert_array_equal(found["observed_data"]["x"], DATA)
+    assert found["posterior"].sel(data="c").z.shape == (1, 30, 2)
+    for attrs in (found.attrs, found["posterior"].attrs):
+        assert attrs["inference_library"] == "elbozoo"
+        assert attrs["inference_library_version"] == __version__
+        assert (attrs["engine"], attrs["model"], attrs["num_draws"], attrs["seed"]) == (engine, "LinearVAE", 30, 0)
+
+
+@pytest.mark.numpyro
+def test_resampling_is_a_choice() -> None:
+    found = to_arviz(program("numpyro"), DATA, num_draws=30, resample=False)
+    assert "posterior" in groups(found)
+    assert "posterior_resampled" not in groups(found)
+
+
+@pytest.mark.numpyro
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [((1, 2, 3), ("height", "width")), ((3, 2), ("height", "width")), ((3, 1, 2), ("channel", "height", "width"))],
+)
+def test_images_have_rows_and_columns(shape: tuple[int, ...], dims: tuple[str, ...]) -> None:
+    pictures = replace(program("numpyro"), spec=SimpleNamespace(image_shape=shape))
+    found = to_arviz(pictures, DATA, num_draws=3)
+    assert found["observed_data"]["x"].dims == ("data", *dims)
+    assert found["posterior_predictive"]["x"].dims == ("chain", "draw", "data", *dims)
+    np.testing.assert_array_equal(found["observed_data"]["x"].values.reshape(5, 6), DATA)
+
+
+@pytest.mark.numpyro
+def test_names_may_be_chosen() -> None:
+    dims = {"z": ["data", "axis"], "x": ["data", "sensor"]}
+    found = to_arviz(program("numpyro"), DATA, num_draws=3, dims=dims, coords={"axis": ["u", "v"]})
+    assert found["posterior"]["z"].dims == ("chain", "draw", "data", "axis")
+    assert found["prior_predictive"]["x"].dims == ("chain", "draw", "data", "sensor")
+    assert found["posterior"].sel(axis="v").z.shape == (1, 3, 5)
+
+
+@pytest.mark.numpyro
+def test_what_does_not_fit_is_refused() -> None:
+    for wrong, text in [
+        ({"num_draws": 0}, "num_draws must be a whole number of at least 1; got 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"coords": {"dog": [1]}}, "coords must name dims among .*'pixel'.*; got 'dog'"),
+        ({"coords": {"data": [1]}}, r"coords\['data'\] must have 5 entries; got 1"),
+        ({"dims": {"z": ["data"]}}, r"dims\['z'\] must have 2 names"),
+        ({"dims": {"z": ["data", "pixel"]}}, "dim 'pixel' must have one size everywhere"),
+    ]:
+        with pytest.raises(InvalidArgument, match=text):
+            to_arviz(program("numpyro"), DATA, **{"num_draws": 3, **wrong})
+    with pytest.raises(InvalidArgument, match="NaN"):
+        to_arviz(program("numpyro"), DATA + [np.nan, 0, 0, 0, 0, 0], num_draws=3)
+
+
+# --- content ----------------------------------------------------------------------------------------------------
+
+
+def test_every_draw_has_its_own_densities(engine: str) -> None:
+    found = to_arviz(program(engine), DATA, num_draws=40)
+    z = found["posterior"]["z"].values[0]
+    log_lik = stats.norm(z @ MODEL["decoder.weight"].T + MODEL["decoder.bias"], 0.7).logpdf(DATA).sum(axis=-1)
+    loc = DATA @ WIDE["encoder.weight"].T + WIDE["encoder.bias"]
+    log_guide = stats.norm(loc, np.exp(WIDE["encoder_log_scale"])).logpdf(z).sum(axis=-1)
+    log_weight = log_lik + stats.norm.logpdf(z).sum(axis=-1) - log_guide
+    np.testing.assert_allclose(found["log_likelihood"]["x"].values[0], log_lik, rtol=1e-10)
+    np.testing.assert_allclose(found["sample_stats"]["log_weight"].values[0], log_weight, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found["sample_stats"]["pareto_k"], pareto_k(log_weight), rtol=1e-6)
+    weight = np.exp(log_weight)
+    np.testing.assert_allclose(found["sample_stats"]["ess"], weight.sum(axis=0) ** 2 / (weight**2).sum(axis=0), rtol=1e-6)
+    assert len(np.unique(z)) == z.size
+
+
+def test_draws_have_the_moments_of_their_distributions(engine: str) -> None:
+    found = to_arviz(program(engine), DATA, num_draws=2000)
+    standard_error = 5 / np.sqrt(2000)
+    z = found["posterior"]["z"].values[0]
+    np.testing.assert_allclose(z.mean(axis=0), MEAN + 0.2, atol=0.7 * standard_error)
+    np.testing.assert_allclose(z.std(axis=0), np.tile(np.exp(WIDE["encoder_log_scale"]), (5, 1)), rtol=0.1)
+
+    again = found["posterior_resampled"]["z"].values[0]
+    np.testing.assert_allclose(again.mean(axis=0), MEAN, atol=0.7 * standard_error)
+    covariance = np.stack([np.cov(again[:, n].T) for n in range(5)])
+    np.testing.assert_allclose(covariance, np.tile(COVARIANCE, (5, 1, 1)), atol=0.15 * COVARIANCE.max())
+    assert np.isin(again, z).all()
+
+    w, b = MODEL["decoder.weight"], MODEL["decoder.bias"]
+    x = found["posterior_predictive"]["x"].values[0]
+    np.testing.assert_allclose(x.mean(axis=0), (MEAN + 0.2) @ w.T + b, atol=1.5 * standard_error)
+    assert np.abs(found["prior"]["z"].values.mean()) < standard_error
+    assert found["prior"]["z"].values.std() == pytest.approx(1.0, rel=0.05)
+    x = found["prior_predictive"]["x"].values[0].reshape(-1, 6)
+    np.testing.assert_allclose(np.cov(x.T), w @ w.T + 0.49 * np.eye(6), atol=0.05 * (w @ w.T).max() + 0.05)
+
+
+def test_equal_seeds_give_equal_draws(engine: str) -> None:
+    one, two, other = (to_arviz(program(engine), DATA, num_draws=10, seed=s) for s in (4, 4, 5))
+    for group in groups(one) - {"observed_data"}:
+        for name, values in one[group].data_vars.items():
+            np.testing.assert_array_equal(values, two[group][name])
+            if name not in ("pareto_k",):
+                assert not np.array_equal(values, other[group][name])
+
+
+def test_sites_are_resampled_together_and_apart_from_other_data(engine: str) -> None:
+    library_, dist, wrap = library(engine)
+
+    def model(x: Any) -> None:
+        with library_.plate("data", len(x), dim=-1):
+            a = library_.sample("a", dist.Normal(0.0, 1.0))
+            b = library_.sample("b", dist.Normal(a[..., None] + x[..., :1] * 0.0, 0.1).to_event(1))
+            library_.sample("x", dist.Normal(b, 0.5).to_event(1), obs=x)
+
+    def guide(x: Any) -> None:
+        with library_.plate("data", len(x), dim=-1):
+            a = library_.sample("a", dist.Normal(x[..., 0] * 0.0, 2.0))
+            library_.sample("b", dist.Normal(a[..., None], 0.1).to_event(1))
+
+    found = to_arviz(wrap(model, guide), np.array([[-1.0], [0.0], [1.0]]), num_draws=400)
+    posterior, again = found["posterior"], found["posterior_resampled"]
+    assert posterior["a"].dims == ("chain", "draw", "data")
+    assert posterior["b"].dims == ("chain", "draw", "data", "b_dim")
+    assert found["observed_data"]["x"].dims == ("data", "x_dim")
+    assert np.abs(again["a"].values - again["b"].values[..., 0]).max() < 0.6
+    exact = np.array([-1.0, 0.0, 1.0]) / (1.0 + 0.01 + 0.25)
+    np.testing.assert_allclose(again["a"].values[0].mean(axis=0), exact, atol=0.25)
+
+
+def test_a_global_latent_is_shared_by_all_data(engine: str) -> None:
+    library_, dist, wrap = library(engine)
+    data = 2.0 + np.random.default_rng(3).normal(size=(20, 1))
+    loc, scale = data.sum() / 21, 1.5 * 21**-0.5
+
+    def model(x: Any) -> None:
+        mean = library_.sample("mean", dist.Normal(x[:1, 0] * 0.0, 1.0).to_event(1))
+        with library_.plate("data", len(x), dim=-1):
+            library_.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    def guide(x: Any) -> None:
+        library_.sample("mean", dist.Normal(x[:1, 0] * 0.0 + loc, scale).to_event(1))
+
+    found = to_arviz(wrap(model, guide), data, num_draws=1000)
+    assert found["posterior"]["mean"].dims == ("chain", "draw", "mean_dim")
+    assert found["posterior"]["mean"].shape == (1, 1000, 1)
+    assert found["sample_stats"]["log_weight"].dims == ("chain", "draw")
+    assert found["sample_stats"]["pareto_k"].dims == ()
+    mean = found["posterior_resampled"]["mean"].values
+    assert mean.mean() == pytest.approx(loc, abs=0.03)
+    assert mean.std() == pytest.approx(21**-0.5, rel=0.15)
+    z = found["posterior"]["mean"].values[0, :, 0]
+    log_weight = stats.norm(z[:, None], 1).logpdf(data[:, 0]).sum(axis=1) + stats.norm.logpdf(z) - stats.norm(loc, scale).logpdf(z)
+    np.testing.assert_allclose(found["sample_stats"]["log_weight"].values[0], log_weight, rtol=1e-10)
+
+
+def test_a_draw_is_taken_in_proportion_to_its_weight() -> None:
+    rng = np.random.default_rng(0)
+    log_weight = 2.0 * rng.normal(size=(200, 4)) - 900.0
+    chosen = resampled(log_weight, rng)
+    assert chosen.shape == (200, 4)
+    for n in range(4):
+        wanted = 200 * np.exp(log_weight[:, n]) / np.exp(log_weight[:, n]).sum() if log_weight.min() > -700 else None
+        shifted = np.exp(log_weight[:, n] - log_weight[:, n].max())
+        wanted = 200 * shifted / shifted.sum()
+        count = np.bincount(chosen[:, n], minlength=200)
+        assert (np.abs(count - wanted) < 1 + 1e-9).all()
+        assert np.abs(np.corrcoef(chosen[:-1, n], chosen[1:, n])[0, 1]) < 0.3  # in no order
+    assert not np.array_equal(chosen[:, 0], chosen[:, 1])
+    np.testing.assert_array_equal(np.sort(resampled(np.zeros(9), rng)), np.arange(9))
+    np.testing.assert_allclose(effective_draws(np.log([[3.0, 1.0], [1.0, 1.0]])), [16 / 10, 2.0])
+
+
+@pytest.mark.numpyro
+def test_an_impossible_datum_is_refused() -> None:
+    broken = program("numpyro", WIDE | {"decoder.bias": np.full(6, 1e200)})
+    with pytest.raises(NonFinite, match="data must be possible under the model; got 5 data"):
+        to_arviz(broken, DATA, num_draws=3)
+
+
+# --- in ArviZ ---------------------------------------------------------------------------------------------------
+
+
+def test_arviz_summarises_and_plots_it(engine: str, tmp_path: Path) -> None:
+    found = to_arviz(program(engine), DATA, num_draws=100)
+    some = {"data": [0, 1]}
+    for group in ("posterior", "posterior_resampled", "prior"):
+        table = arviz.summary(found, group=group, coords=some, round_to="none") if OLD else arviz.summary(
+            found, group=group, coords=some, round_to="none"
+        )
+        assert list(table.index) == ["z[0, 0]", "z[0, 1]", "z[1, 0]", "z[1, 1]"]
+        expected = found[group]["z"].values[0, :, :2].mean(axis=0).ravel()
+        np.testing.assert_allclose(table["mean"].to_numpy(dtype=float), expected, rtol=1e-6)
+    if OLD:
+        arviz.plot_posterior(found, coords=some, group="posterior_resampled")
+        arviz.plot_trace(found, coords=some)
+        arviz.plot_forest(found, coords=some)
+        arviz.plot_ppc(found, num_pp_samples=10)
+        figures = [matplotlib.pyplot.figure(n) for n in matplotlib.pyplot.get_fignums()]
+        assert len(figures) == 4
+        for i, figure in enumerate(figures):
+            figure.savefig(tmp_path / f"{i}.png")
+        matplotlib.pyplot.close("all")
+    else:
+        plots = [
+            arviz.plot_dist(found, coords=some, group="posterior_resampled"),
+            arviz.plot_trace(found, coords=some),
+            arviz.plot_forest(found, coords=some),
+            arviz.plot_ppc_dist(found, num_samples=10),
+            arviz.plot_prior_posterior(found, coords=some),
+        ]
+        for i, plot in enumerate(plots):
+            plot.savefig(tmp_path / f"{i}.png")
+        matplotlib.pyplot.close("all")
+    assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
+
+
+def test_it_survives_a_file(engine: str, tmp_path: Path) -> None:
+    found = to_arviz(program(engine), DATA, num_draws=10, coords={"data": list("abcde")})
+    found.to_netcdf(str(tmp_path / "draws.nc"))
+    read = arviz.from_netcdf(str(tmp_path / "draws.nc"))
+    assert groups(read) == groups(found)
+    for group in groups(found):
+        for name, values in found[group].data_vars.items():
+            assert read[group][name].dims == values.dims
+            np.testing.assert_array_equal(read[group][name], values)
+            for dim in values.dims:
+                np.testing.assert_array_equal(read[group].coords[dim], found[group].coords[dim])
+        assert dict(read[group].attrs) == dict(found[group].attrs)
+    assert dict(read.attrs) == dict(found.attrs)
+    if not OLD:
+        read.close()

@@ -1,0 +1,24 @@
+"""The models: one folder a model, a spec beside its two forms."""
+
+if __name__ == "zoo":
+    raise ImportError("zoo must be a part of elbozoo; got the bare name. Write `import elbozoo.zoo`.")
+
+from elbozoo.zoo.likelihoods import Bernoulli, ContinuousBernoulli, DiscretizedLogistic, Gaussian, Likelihood
+from elbozoo.zoo.linear_vae import LinearVAE
+from elbozoo.zoo.networks import MLP, Conv, Network
+from elbozoo.zoo.spec import Spec
+from elbozoo.zoo.vae import VAE
+
+__all__ = [
+    "MLP",
+    "VAE",
+    "Bernoulli",
+    "ContinuousBernoulli",
+    "Conv",
+    "DiscretizedLogistic",
+    "Gaussian",
+    "Likelihood",
+    "LinearVAE",
+    "Network",
+    "Spec",
+]

@@ -1,0 +1,172 @@
+"""Likelihoods p(x | z) of flat data: what a decoder's outputs mean, and which data they can explain.
+
+Each is a spec; its forms are in ``likelihoods_pyro.py`` and ``likelihoods_numpyro.py``. A form maps the decoder's
+outputs of shape (..., num_outputs * data_dim) to a distribution with batch shape (...) and event shape (data_dim,).
+With two outputs the first ``data_dim`` are locations and the last ``data_dim`` log scales. Every log density is in nats
+and keeps its normalising constant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+
+from elbozoo.inference.errors import must
+from elbozoo.inference.parts import Part, one_of, positive, whole_number
+
+__all__ = ["Bernoulli", "ContinuousBernoulli", "DiscretizedLogistic", "Gaussian", "Likelihood"]
+
+LEVEL_TOLERANCE = 1e-2
+"""How far a value may lie from its level, in level spacings: covers float32 rounding up to 65536 levels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood(Part):
+    """A family for p(x | z), independent over the entries of x given z."""
+
+    stem: ClassVar[str] = "likelihoods"
+
+    @property
+    def num_outputs(self) -> int:
+        """Decoder outputs for each entry of x."""
+        return 1
+
+    def check(self, x: Any) -> None:
+        """Raise InvalidArgument unless every entry of ``x`` lies in the support."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Binary data: ``log p(x|z) = sum_d x_d log s(l_d) + (1 - x_d) log s(-l_d)``, s the sigmoid, l the outputs.
+
+    Shapes: outputs (..., data_dim), x (..., data_dim). Units: nats. Support: {0, 1}.
+
+    Limits: grey values in [0, 1] would turn it into a cross-entropy that is no log density; they are refused.
+
+    Example:
+        >>> Bernoulli().num_outputs
+        1
+    """
+
+    def check(self, x: Any) -> None:
+        array = np.asarray(x)
+        _refuse(
+            (array == 0) | (array == 1),
+            array,
+            "be 0 or 1 under a Bernoulli likelihood",
+            'Binarize grey pixels with binarize="stochastic" or binarize="threshold", or use ContinuousBernoulli() or '
+            "DiscretizedLogistic()",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuousBernoulli(Likelihood):
+    """Data in [0, 1]: the normalised form of what the Bernoulli's cross-entropy is often misused for.
+
+    ``p(x|l) = exp(l x) / Z(l)`` with ``Z(l) = (exp(l) - 1) / l``, so that with ``u = l / 2``
+    ``log p(x|l) = l (x - 1/2) - log(sinh(u) / u)`` and ``E[x] = 1/2 + (coth(u) - 1/u) / 2``.
+    Both forms evaluate it from the logits in this symmetric way, with a Taylor series for |u| < 0.1: the constant is
+    exact to rounding near l = 0 and keeps growing as log|l| where ``sigmoid(l)`` saturates (there the densities that
+    go through clamped probabilities are wrong and have no gradient).
+
+    Shapes: outputs (..., data_dim), x (..., data_dim). Units: nats (of a density). Support: [0, 1].
+
+    References:
+        Loaiza-Ganem & Cunningham 2019, The continuous Bernoulli, arXiv 1907.06845, eqs. 5-7 (with
+        ``lambda = sigmoid(l)``).
+
+    Example:
+        >>> ContinuousBernoulli().check(np.array([0.0, 0.25]))
+    """
+
+    def check(self, x: Any) -> None:
+        array = np.asarray(x)
+        condition = "lie in [0, 1] under a ContinuousBernoulli likelihood"
+        _refuse((array >= 0) & (array <= 1), array, condition, "Divide 8-bit pixels by 255, or use Gaussian()")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """Real data: ``log p(x|z) = sum_d log N(x_d; loc_d, scale_d^2)``.
+
+    Shapes: outputs (..., num_outputs * data_dim), x (..., data_dim). Units: nats (of a density). Support: finite reals.
+
+    Limits: with ``scale="pixel"`` the density has no upper bound: an entry that is constant over the data drives its
+    scale to 0 and the bound to infinity (Mattei & Frellsen 2018, arXiv 1802.04826).
+
+    Args:
+        scale: a number: fixed; ``"learned"``: one parameter ``likelihood.log_scale`` for all entries, from scale 1;
+            ``"pixel"``: ``exp`` of a second decoder output for each entry.
+
+    Example:
+        >>> Gaussian(scale="pixel").num_outputs
+        2
+    """
+
+    scale: float | str = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, str):
+            one_of("scale", self.scale, ("learned", "pixel"))
+        else:
+            positive("scale", self.scale)
+
+    @property
+    def num_outputs(self) -> int:
+        return 2 if self.scale == "pixel" else 1
+
+    def check(self, x: Any) -> None:
+        array = np.asarray(x)
+        _refuse(np.isfinite(array), array, "be finite", "Drop or fill missing values first")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscretizedLogistic(Likelihood):
+    """Quantised data: the mass that a logistic distribution gives to a level's bin, in nats of a discrete variable.
+
+    With levels ``x = k / (levels - 1)``, half width ``h = 1 / (2 (levels - 1))``, ``a = (x - h - loc) / scale`` and
+    ``b = (x + h - loc) / scale``: ``p(x|z) = s(b) - s(a)``, where the lowest level also takes everything below it
+    (``s(b)``) and the highest everything above it (``1 - s(a)``). Both forms evaluate the difference as
+    ``log s(b) + log s(-a) + log(1 - exp(a - b))``, which is an identity and loses no digits in the tails: no floor on
+    the mass or on the scale is needed, and none is used.
+
+    Shapes: outputs (..., 2 * data_dim) as loc and log scale, in units of x; x (..., data_dim). Units: nats (of a mass).
+    Support: multiples of 1 / (levels - 1) in [0, 1]. Divide by ``data_dim * log(2)`` for bits per dimension.
+
+    Args:
+        levels: number of values an entry can take, 256 for 8-bit images.
+
+    References:
+        Salimans, Karpathy, Chen & Kingma 2017, PixelCNN++, arXiv 1701.05517, eq. 2 with one component; Kingma et al.
+        2016, arXiv 1606.04934, appendix.
+
+    Example:
+        >>> DiscretizedLogistic(levels=5).check(np.array([0.0, 0.25]))
+    """
+
+    levels: int = 256
+
+    def __post_init__(self) -> None:
+        whole_number("levels", self.levels, 2)
+
+    @property
+    def num_outputs(self) -> int:
+        return 2
+
+    def check(self, x: Any) -> None:
+        array = np.asarray(x)
+        steps = np.asarray(array, dtype=np.float64) * (self.levels - 1)
+        inside = (array >= 0) & (array <= 1) & (np.abs(steps - np.rint(steps)) <= LEVEL_TOLERANCE)
+        condition = f"be a multiple of 1/{self.levels - 1} in [0, 1] under DiscretizedLogistic(levels={self.levels})"
+        _refuse(inside, array, condition, "Divide whole pixel values by levels - 1, or use ContinuousBernoulli()")
+
+
+def _refuse(inside: np.ndarray, array: np.ndarray, condition: str, todo: str) -> None:
+    """Raise if any entry is not ``inside``, showing the first one that is not (NaN never is)."""
+    if not np.all(inside):
+        first = tuple(int(i) for i in np.argwhere(~inside)[0])
+        got = f"{array[first]} at index {first} ({np.mean(~inside):.1%} of the entries are outside)"
+        raise must("x", condition, got, todo)

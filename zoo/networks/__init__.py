@@ -1,0 +1,108 @@
+"""Networks between flat data, or latents, and a distribution's parameters.
+
+Each is a spec; its forms, ``<Name>Encoder`` and ``<Name>Decoder``, are in ``networks_pyro.py`` and
+``networks_numpyro.py``. Pinned for both engines, whatever the libraries' defaults: weights Glorot-uniform,
+``U(-a, a)`` with ``a = sqrt(6 / (fan_in + fan_out))``, fans times the kernel's area for a convolution (Glorot & Bengio
+2010, eq. 16); biases zero. The last layer is linear and holds every output together.
+
+Shapes: (..., num_inputs) -> (..., num_outputs), any leading dimensions (K particles, B batch).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from math import prod
+from typing import ClassVar
+
+from elbozoo.inference.errors import must
+from elbozoo.inference.parts import Part, one_of, whole_number, whole_numbers
+
+__all__ = ["ACTIVATIONS", "MLP", "Conv", "Network"]
+
+ACTIVATIONS = ("tanh", "relu", "leaky_relu", "elu", "gelu", "silu", "softplus")
+"""Names both engines know, with one meaning: ``leaky_relu`` has slope 0.01, ``gelu`` is the exact one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network(Part):
+    """An architecture for an encoder and its mirror image for a decoder."""
+
+    stem: ClassVar[str] = "networks"
+
+    def check_data_dim(self, data_dim: int) -> None:
+        """Raise InvalidArgument if the network cannot read data of ``data_dim`` entries."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MLP(Network):
+    """Dense layers; the decoder has them in reverse order.
+
+    Args:
+        hidden: units of each hidden layer, next to the data first.
+        activation: one of ``ACTIVATIONS``, after every hidden layer.
+
+    Parameters: ``layers.<i>.weight`` (out, in), ``layers.<i>.bias`` (out,).
+
+    Example:
+        >>> MLP(hidden=[200, 200]).hidden
+        (200, 200)
+    """
+
+    hidden: tuple[int, ...] = (200, 200)
+    activation: str = "tanh"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", whole_numbers("hidden", self.hidden))
+        one_of("activation", self.activation, ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv(Network):
+    """Convolutions on flat images, each halving the height and width, then one dense hidden layer.
+
+    Encoder: 3x3 convolutions of stride 2 and padding 1 to ``channels``, flattened in (channel, row, column) order,
+    dense to ``hidden``, dense to the outputs. Decoder: the mirror image, where nearest-neighbour doubling and a 3x3
+    convolution of padding 1 undo each stride (no transposed convolutions: no checkerboard); its last convolution gives
+    ``num_outputs / (height width)`` channels, so two outputs an entry come as two image-sized blocks.
+
+    Args:
+        image_shape: (channels, height, width) of one datum, flattened in that order; height and width must be
+            multiples of ``2 ** len(channels)``.
+        channels: feature maps after each convolution, next to the data first.
+        hidden: units of the dense hidden layer.
+        activation: one of ``ACTIVATIONS``, after every layer but the last.
+
+    Parameters: ``convs.<i>.weight`` (out, in, 3, 3), ``convs.<i>.bias``, ``layers.<i>.weight`` (out, in),
+    ``layers.<i>.bias``.
+
+    References: Odena, Dumoulin & Olah 2016, Deconvolution and checkerboard artifacts, doi 10.23915/distill.00003.
+
+    Example:
+        >>> Conv(image_shape=(1, 28, 28)).reduced_shape
+        (64, 7, 7)
+    """
+
+    image_shape: tuple[int, ...] = (1, 28, 28)
+    channels: tuple[int, ...] = (32, 64)
+    hidden: int = 256
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_shape", whole_numbers("image_shape", self.image_shape, 3))
+        object.__setattr__(self, "channels", whole_numbers("channels", self.channels))
+        whole_number("hidden", self.hidden)
+        one_of("activation", self.activation, ACTIVATIONS)
+        factor = 2 ** len(self.channels)
+        if not self.channels or self.image_shape[1] % factor or self.image_shape[2] % factor:
+            condition = f"have at least one entry and a height and width that {self.channels} can halve"
+            raise must("channels", condition, self.image_shape, f"Use fewer channels, or pad to multiples of {factor}")
+
+    @property
+    def reduced_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) after the encoder's last convolution."""
+        factor = 2 ** len(self.channels)
+        return self.channels[-1], self.image_shape[1] // factor, self.image_shape[2] // factor
+
+    def check_data_dim(self, data_dim: int) -> None:
+        if prod(self.image_shape) != data_dim:
+            raise must("image_shape", f"have data_dim={data_dim} entries", self.image_shape, "Change one of the two")

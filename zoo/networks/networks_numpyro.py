@@ -1,0 +1,125 @@
+"""The networks in flax.nnx, for NumPyro."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from math import prod
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from flax import nnx
+from jax import Array
+from numpyro.contrib.module import nnx_module
+
+from elbozoo.zoo import networks as specs
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "elu": jax.nn.elu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "softplus": jax.nn.softplus,
+}
+
+
+def network(name: str, build: Callable[[nnx.Rngs], nnx.Module]) -> Callable[..., Any]:
+    """``nnx_module(name, build(rngs))``: the site ``<name>$params``, with the module built inside the program.
+
+    Its initial weights come from the ``seed`` handler's key, so that one seed determines them and several seeds can be
+    vmapped. Building costs a little tracing; where the parameters are given, ``jit`` drops the unused initial ones.
+    A module without parameters makes no site.
+    """
+    key = numpyro.prng_key()
+    module = build(nnx.Rngs(params=jax.random.key(0) if key is None else key))
+    return nnx_module(name, module) if jax.tree.leaves(nnx.state(module, nnx.Param)) else cast(Callable, module)
+
+
+def linear(num_inputs: int, num_outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """A dense layer with the initial weights the specs pin."""
+    return nnx.Linear(
+        num_inputs,
+        num_outputs,
+        kernel_init=nnx.initializers.glorot_uniform(),
+        bias_init=nnx.initializers.zeros_init(),
+        param_dtype=jnp.result_type(float),
+        rngs=rngs,
+    )
+
+
+def conv(num_inputs: int, num_outputs: int, stride: int = 1, *, rngs: nnx.Rngs) -> nnx.Conv:
+    """A 3x3 convolution with padding 1 and the initial weights the specs pin."""
+    return nnx.Conv(
+        num_inputs,
+        num_outputs,
+        (3, 3),
+        strides=stride,
+        padding=((1, 1), (1, 1)),
+        kernel_init=nnx.initializers.glorot_uniform(),
+        bias_init=nnx.initializers.zeros_init(),
+        param_dtype=jnp.result_type(float),
+        rngs=rngs,
+    )
+
+
+class MLPEncoder(nnx.Module):
+    def __init__(self, spec: specs.MLP, num_inputs: int, num_outputs: int, rngs: nnx.Rngs):
+        self.activation = ACTIVATIONS[spec.activation]
+        sizes = (num_inputs, *spec.hidden, num_outputs)
+        self.layers = nnx.List([linear(*pair, rngs=rngs) for pair in pairwise(sizes)])
+
+    def __call__(self, x: Array) -> Array:
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = self.activation(layer(x))
+        return last(x)
+
+
+class MLPDecoder(MLPEncoder):
+    def __init__(self, spec: specs.MLP, num_inputs: int, num_outputs: int, rngs: nnx.Rngs):
+        super().__init__(specs.MLP(spec.hidden[::-1], spec.activation), num_inputs, num_outputs, rngs)
+
+
+class ConvEncoder(nnx.Module):
+    def __init__(self, spec: specs.Conv, num_inputs: int, num_outputs: int, rngs: nnx.Rngs):
+        self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
+        maps = (spec.image_shape[0], *spec.channels)
+        self.convs = nnx.List([conv(*pair, stride=2, rngs=rngs) for pair in pairwise(maps)])
+        sizes = (prod(spec.reduced_shape), spec.hidden, num_outputs)
+        self.layers = nnx.List([linear(*pair, rngs=rngs) for pair in pairwise(sizes)])
+
+    def __call__(self, x: Array) -> Array:
+        leading = x.shape[:-1]
+        x = jnp.moveaxis(x.reshape(-1, *self.spec.image_shape), 1, -1)
+        for layer in self.convs:
+            x = self.activation(layer(x))
+        x = jnp.moveaxis(x, -1, 1).reshape(*leading, -1)
+        return self.layers[1](self.activation(self.layers[0](x)))
+
+
+class ConvDecoder(nnx.Module):
+    def __init__(self, spec: specs.Conv, num_inputs: int, num_outputs: int, rngs: nnx.Rngs):
+        self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
+        sizes = (num_inputs, spec.hidden, prod(spec.reduced_shape))
+        self.layers = nnx.List([linear(*pair, rngs=rngs) for pair in pairwise(sizes)])
+        maps = (*spec.channels[::-1], num_outputs // prod(spec.image_shape[1:]))
+        self.convs = nnx.List([conv(*pair, rngs=rngs) for pair in pairwise(maps)])
+
+    def __call__(self, z: Array) -> Array:
+        leading = z.shape[:-1]
+        for layer in self.layers:
+            z = self.activation(layer(z))
+        z = jnp.moveaxis(z.reshape(-1, *self.spec.reduced_shape), 1, -1)
+        *hidden, last = self.convs
+        for layer in hidden:
+            z = self.activation(layer(_double(z)))
+        return jnp.moveaxis(last(_double(z)), -1, 1).reshape(*leading, -1)
+
+
+def _double(x: Array) -> Array:
+    return x.repeat(2, -3).repeat(2, -2)

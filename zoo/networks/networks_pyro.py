@@ -1,0 +1,102 @@
+"""The networks in torch, for Pyro."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from elbozoo.zoo import networks as specs
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "leaky_relu": functional.leaky_relu,
+    "elu": functional.elu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "softplus": partial(functional.softplus, threshold=40.0),  # exact to rounding in float64 too
+}
+
+
+def linear(num_inputs: int, num_outputs: int) -> nn.Linear:
+    """A dense layer with the initial weights the specs pin."""
+    layer = nn.Linear(num_inputs, num_outputs)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv(num_inputs: int, num_outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution with padding 1 and the initial weights the specs pin."""
+    layer = nn.Conv2d(num_inputs, num_outputs, 3, stride=stride, padding=1)
+    nn.init.xavier_uniform_(layer.weight)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class MLPEncoder(nn.Module):
+    def __init__(self, spec: specs.MLP, num_inputs: int, num_outputs: int):
+        super().__init__()
+        self.activation = ACTIVATIONS[spec.activation]
+        sizes = (num_inputs, *spec.hidden, num_outputs)
+        self.layers = nn.ModuleList([linear(*pair) for pair in pairwise(sizes)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = self.activation(layer(x))
+        return last(x)
+
+
+class MLPDecoder(MLPEncoder):
+    def __init__(self, spec: specs.MLP, num_inputs: int, num_outputs: int):
+        super().__init__(specs.MLP(spec.hidden[::-1], spec.activation), num_inputs, num_outputs)
+
+
+class ConvEncoder(nn.Module):
+    def __init__(self, spec: specs.Conv, num_inputs: int, num_outputs: int):
+        super().__init__()
+        self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
+        maps = (spec.image_shape[0], *spec.channels)
+        self.convs = nn.ModuleList([conv(*pair, stride=2) for pair in pairwise(maps)])
+        sizes = (prod(spec.reduced_shape), spec.hidden, num_outputs)
+        self.layers = nn.ModuleList([linear(*pair) for pair in pairwise(sizes)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        leading = x.shape[:-1]
+        x = x.reshape(-1, *self.spec.image_shape)
+        for layer in self.convs:
+            x = self.activation(layer(x))
+        x = x.reshape(*leading, -1)
+        return self.layers[1](self.activation(self.layers[0](x)))
+
+
+class ConvDecoder(nn.Module):
+    def __init__(self, spec: specs.Conv, num_inputs: int, num_outputs: int):
+        super().__init__()
+        self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
+        sizes = (num_inputs, spec.hidden, prod(spec.reduced_shape))
+        self.layers = nn.ModuleList([linear(*pair) for pair in pairwise(sizes)])
+        maps = (*spec.channels[::-1], num_outputs // prod(spec.image_shape[1:]))
+        self.convs = nn.ModuleList([conv(*pair) for pair in pairwise(maps)])
+
+    def forward(self, z: Tensor) -> Tensor:
+        leading = z.shape[:-1]
+        for layer in self.layers:
+            z = self.activation(layer(z))
+        z = z.reshape(-1, *self.spec.reduced_shape)
+        *hidden, last = self.convs
+        for layer in hidden:
+            z = self.activation(layer(_double(z)))
+        return last(_double(z)).reshape(*leading, -1)
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, -2).repeat_interleave(2, -1)

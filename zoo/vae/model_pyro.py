@@ -1,0 +1,56 @@
+"""The variational autoencoder in Pyro."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from elbozoo.zoo.spec import plate_sizes
+from elbozoo.zoo.vae import VAE
+
+
+class Model(PyroModule):
+    """p(z) p(x | z)."""
+
+    def __init__(self, spec: VAE, name: str = ""):
+        super().__init__(name)
+        self.spec = spec
+        num_outputs = spec.likelihood.num_outputs * spec.data_dim
+        self.likelihood = spec.likelihood.form("pyro")(spec.likelihood)
+        self.decoder = spec.network.form("pyro", "Decoder")(spec.network, spec.latent_dim, num_outputs)
+
+    def decode(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z) for z of shape (..., latent_dim); its mean is the reconstruction."""
+        return self.likelihood(self.decoder(z))
+
+    def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+        """Sample z and x, or score x; without x draw ``size`` data. Returns x of shape (B, data_dim)."""
+        num_data, batch = plate_sizes(x, size, self.spec.data_dim)
+        loc = next(self.parameters()).new_zeros(self.spec.latent_dim)
+        with pyro.plate("data", num_data, subsample=torch.arange(batch), dim=-1):
+            z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+            return pyro.sample("x", self.decode(z), obs=x)
+
+
+class Guide(PyroModule):
+    """q(z | x)."""
+
+    def __init__(self, spec: VAE, name: str = ""):
+        super().__init__(name)
+        self.spec = spec
+        num_outputs = spec.guide.num_outputs(spec.latent_dim)
+        self.posterior = spec.guide.form("pyro")(spec.guide, spec.latent_dim)
+        self.encoder = spec.network.form("pyro", "Encoder")(spec.network, spec.data_dim, num_outputs)
+
+    def encode(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z | x) for x of shape (..., data_dim)."""
+        return self.posterior(self.encoder(x))
+
+    def forward(self, x: Tensor, size: int | None = None) -> Tensor:
+        """Sample z given x. Returns z of shape (B, latent_dim)."""
+        num_data, batch = plate_sizes(x, size, self.spec.data_dim)
+        with pyro.plate("data", num_data, subsample=torch.arange(batch), dim=-1):
+            return pyro.sample("z", self.encode(x))
