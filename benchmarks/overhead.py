@@ -1,8 +1,11 @@
-"""What does the harness cost? ``fit``'s epochs against hand-written training loops of the same mathematics, and against pythae's trainer.
+"""What does the harness cost? ``fit``'s epochs against hand-written training loops of the same mathematics, and
+against pythae's trainer.
 
-A 784-400-400-20 VAE (ReLU, Bernoulli, diagonal Gaussian guide), batch 128, Adam 1e-3, the ELBO with analytic KL at K = 1 and IWAE at K = 50. All contenders run in one process, one
-epoch each in turn, so that what else the machine does hits all of them; what is reported is the ratio within each round. ``fit`` runs exactly the epoch timed here
-(its loop object is driven directly, so that epochs of the contenders can alternate). Compilation and the first epoch are left out.
+A 784-400-400-20 VAE (ReLU, Bernoulli, diagonal Gaussian guide), batch 128, Adam 1e-3, the ELBO with analytic KL at K
+= 1 and IWAE at K = 50. All contenders run in one process, one
+epoch each in turn, so that what else the machine does hits all of them; what is reported is the ratio within each
+round. ``fit`` runs exactly the epoch timed here (its loop object is driven directly, so that epochs of the contenders
+can alternate). Compilation and the first epoch are left out.
 
     python benchmarks/overhead.py
 """
@@ -29,7 +32,12 @@ from elbozoo.inference.training import _Loop, batches
 from elbozoo.zoo import MLP, VAE
 
 D, Z, H, BATCH = 784, 20, 400, 128
-TARGETS = {"numpyro / hand-written JAX": 1.05, "pyro / hand-written PyTorch": 1.15, "pythae / numpyro": 2.0, "8 replicates / 8 runs": 1.0}
+TARGETS = {
+    "numpyro / hand-written JAX": 1.05,
+    "pyro / hand-written PyTorch": 1.15,
+    "pythae / numpyro": 2.0,
+    "8 replicates / 8 runs": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,10 @@ def hand_written_jax(x: np.ndarray, k: int) -> Callable[[], None]:
 
     def layers(key: Any, sizes: tuple[int, ...]) -> list[tuple[Any, Any]]:
         init = jax.nn.initializers.glorot_uniform()
-        return [(init(kk, (a, b)), jnp.zeros(b)) for kk, a, b in zip(jax.random.split(key, len(sizes)), sizes[:-1], sizes[1:], strict=False)]
+        return [
+            (init(kk, (a, b)), jnp.zeros(b))
+            for kk, a, b in zip(jax.random.split(key, len(sizes)), sizes[:-1], sizes[1:], strict=False)
+        ]
 
     def mlp(params: Any, h: Any) -> Any:
         for w, b in params[:-1]:
@@ -123,7 +134,10 @@ def hand_written_jax(x: np.ndarray, k: int) -> Callable[[], None]:
 
 
 def hand_written_torch(x: np.ndarray, k: int) -> Callable[[], None]:
-    """An eager loop, as one would write it: two Sequentials, the loss, torch's Adam (fused, the fastest on this machine)."""
+    """An eager loop, as one would write it:
+
+    Two Sequentials, the loss, torch's Adam (fused, the fastest on this machine).
+    """
     import torch
     from torch import nn
     from torch.nn import functional
@@ -142,7 +156,9 @@ def hand_written_torch(x: np.ndarray, k: int) -> Callable[[], None]:
             noise = torch.randn(k, *loc.shape)
             z = loc + log_scale.exp() * noise
             logits = decoder(z)
-            log_lik = -functional.binary_cross_entropy_with_logits(logits, batch.expand_as(logits), reduction="none").sum(-1)
+            log_lik = -functional.binary_cross_entropy_with_logits(
+                logits, batch.expand_as(logits), reduction="none"
+            ).sum(-1)
             if k == 1:
                 kl = 0.5 * ((2 * log_scale).exp() + loc**2 - 1 - 2 * log_scale).sum(-1)
                 loss = -(log_lik[0] - kl).mean()
@@ -182,19 +198,27 @@ def pythae_trainer(x: np.ndarray, k: int) -> Callable[[], None]:
     class Decoder(BaseDecoder):
         def __init__(self) -> None:
             super().__init__()
-            self.body = nn.Sequential(nn.Linear(Z, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, D), nn.Sigmoid())
+            self.body = nn.Sequential(
+                nn.Linear(Z, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, D), nn.Sigmoid()
+            )
 
         def forward(self, z: Any) -> Any:
             return ModelOutput(reconstruction=self.body(z))
 
     settings: dict[str, Any] = {"input_dim": (D,), "latent_dim": Z, "reconstruction_loss": "bce"}
     model = (
-        PythaeVAE(VAEConfig(**settings), Encoder(), Decoder()) if k == 1
+        PythaeVAE(VAEConfig(**settings), Encoder(), Decoder())
+        if k == 1
         else PythaeIWAE(IWAEConfig(number_samples=k, **settings), Encoder(), Decoder())
-    )  # fmt: skip
+    )
     tensor = torch.as_tensor(x)
     config = BaseTrainerConfig(
-        output_dir=tempfile.mkdtemp(), num_epochs=1, learning_rate=1e-3, per_device_train_batch_size=BATCH, optimizer_cls="Adam", no_cuda=True
+        output_dir=tempfile.mkdtemp(),
+        num_epochs=1,
+        learning_rate=1e-3,
+        per_device_train_batch_size=BATCH,
+        optimizer_cls="Adam",
+        no_cuda=True,
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         trainer = BaseTrainer(model, BaseDataset(tensor, torch.zeros(len(x))), training_config=config)
@@ -231,9 +255,11 @@ def measure(config: Config, k: int) -> dict[str, Any]:
     num = BATCH * (config.batches_1 if k == 1 else config.batches_50)
     x = (np.random.default_rng(0).random((num, D)) < 0.2).astype(np.float32)
     contenders = {
-        "numpyro": ours("numpyro", x, k), "hand-written JAX": hand_written_jax(x, k),
-        "pyro": ours("pyro", x, k), "hand-written PyTorch": hand_written_torch(x, k),
-    }  # fmt: skip
+        "numpyro": ours("numpyro", x, k),
+        "hand-written JAX": hand_written_jax(x, k),
+        "pyro": ours("pyro", x, k),
+        "hand-written PyTorch": hand_written_torch(x, k),
+    }
     if config.pythae:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # third-party deprecations
@@ -248,15 +274,32 @@ def measure(config: Config, k: int) -> dict[str, Any]:
     if config.pythae:
         ratios["pythae / numpyro"] = ratio(seconds["pythae"], seconds["numpyro"])
     if k == 1:
-        ratios["8 replicates / 8 runs"] = ratio(seconds["replicates"], [config.replicates * s for s in seconds["numpyro"]])
-    images = {n: num * (config.replicates if n == "replicates" else 1) / statistics.median(s) for n, s in seconds.items()}
-    return {"num_particles": k, "images_per_epoch": num, "seconds": seconds, "images_per_second": images, "ratios": ratios}
+        ratios["8 replicates / 8 runs"] = ratio(
+            seconds["replicates"], [config.replicates * s for s in seconds["numpyro"]]
+        )
+    images = {
+        n: num * (config.replicates if n == "replicates" else 1) / statistics.median(s) for n, s in seconds.items()
+    }
+    return {
+        "num_particles": k,
+        "images_per_epoch": num,
+        "seconds": seconds,
+        "images_per_second": images,
+        "ratios": ratios,
+    }
 
 
 def main(config: Config) -> None:
     """Time K = 1 and K = 50 and say which targets are met."""
     if config.smoke:
-        config = Config(repeats=2, batches_1=2, batches_50=1, replicates=2, pythae=False, results=config.results.with_name("smoke_overhead.json"))
+        config = Config(
+            repeats=2,
+            batches_1=2,
+            batches_50=1,
+            replicates=2,
+            pythae=False,
+            results=config.results.with_name("smoke_overhead.json"),
+        )
     record = Record(config.results, __doc__.split("\n")[0], config, ("numpyro", "pyro"))
     record.content["cells"] = {}  # timings of different hours do not compare: measure all anew
     checks = {}
@@ -265,7 +308,8 @@ def main(config: Config) -> None:
         for name, r in cell["ratios"].items():
             good = r["median"] >= TARGETS[name] if name.startswith("pythae") else r["median"] <= TARGETS[name]
             checks[f"K={k}: {name}, target {TARGETS[name]}"] = good
-            print(f"K={k:2d}  {name:28s} {r['median']:.3f}  [{r['min']:.3f}, {r['max']:.3f}]  target {TARGETS[name]}  {'met' if good else 'MISSED'}")
+            verdict = f"target {TARGETS[name]} {'met' if good else 'MISSED'}"
+            print(f"K={k:2d}  {name:28s} {r['median']:.3f}  [{r['min']:.3f}, {r['max']:.3f}]  {verdict}")
     record.check(checks)
 
 

@@ -1,4 +1,7 @@
-"""Result files of the benchmarks: JSON that says under which settings, seeds, versions and machine each figure was measured."""
+"""Result files of the benchmarks:
+
+JSON that says under which settings, seeds, versions and machine each figure was measured.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ def machine() -> dict[str, Any]:
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        model = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
+        model = next(
+            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")),
+            model,
+        )
     return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
 
 
@@ -27,7 +33,8 @@ class Record:
     """A result file that grows cell by cell, so that a stopped benchmark goes on where it was.
 
     Args:
-        path: the JSON file. An existing one is continued; cells measured under another configuration are kept apart by their key.
+        path: the JSON file. An existing one is continued; cells measured under another configuration are kept apart
+            by their key.
         question: what the benchmark asks.
         config: its arguments (a frozen dataclass).
     """
@@ -38,7 +45,8 @@ class Record:
         self.content: dict[str, Any] = {"question": question, "cells": {}}
         if self.path.exists():
             self.content = json.loads(self.path.read_text())
-        settings = {k: v for k, v in dataclasses.asdict(config).items() if not isinstance(v, Path | None)}  # a folder is not a setting
+        # a folder is not a setting
+        settings = {k: v for k, v in dataclasses.asdict(config).items() if not isinstance(v, Path | None)}
         self.content |= {"config": settings, "versions": versions, "machine": machine()}
 
     def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, Union
 
 import numpy as np
 import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -194,6 +195,9 @@ def train_command(spec: type[Spec]) -> type[Train]:
 
 # --- evaluate, compare, report ------------------------------------------------------------------------------------
 
+DRAWN = 40
+"""Data in a run's netCDF file: with its default number of draws they make one call, which is compiled once."""
+
 Folder = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
 Folders = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]]
 
@@ -216,27 +220,23 @@ class Measuring:
     num_data: Annotated[int | None, left_out("INT")] = None
     seed: int = 0
 
-    def measure(self, folders: Sequence[Path]) -> Measured:
-        """Load and evaluate runs; what was measured before in the same way is read from the run's folder."""
-        if not folders:
-            raise must("RUN", "be given", "none", "Name one run folder or more")
-        runs, evaluations, images, digests = {}, {}, {}, set()
-        for folder in folders:
-            run = Run.load(folder)
+    def measure(self, runs: Mapping[Path, Run]) -> Measured:
+        """Evaluate the runs of some folders; what was measured before in the same way is read from the folder."""
+        found = Measured({}, {}, {}, {})
+        for folder, run in runs.items():
             name = self.data or run.config.get("data")
             if name is None:
                 raise must("--data", "be given for a run that `elbozoo train` did not make", "nothing", f"Add --data {DATA}")
-            data = Data.read(name, self.data_dir)
             if name == run.config.get("data") and name.endswith(".npy"):
                 say(f"{folder}: measured on its training data; --data takes another file.")
-            grey = data.test[: self.num_data]
-            label = folder.name if sum(f.name == folder.name for f in folders) == 1 else str(folder)
-            x = prepare(run.program, grey, run.config["binarize"], self.seed)  # one seed, so that runs see the same zeros and ones
-            digest = hashlib.sha256(x[0].tobytes()).hexdigest()
-            runs[label], images[label] = run, grey
-            evaluations[label] = self._evaluate(run, folder, x, digest, Path(name).stem)
-            digests.add(digest)
-        return Measured(runs, evaluations, images, paired=len(digests) == 1)
+            images = Data.read(name, self.data_dir).test[: self.num_data]
+            # One seed for all, so that every run sees the same zeros and ones.
+            x = prepare(run.program, images, run.config["binarize"], self.seed)
+            label = folder.name if sum(f.name == folder.name for f in runs) == 1 else str(folder)
+            found.runs[label], found.images[label] = run, images
+            found.digests[label] = hashlib.sha256(x[0].tobytes()).hexdigest()
+            found.evaluations[label] = self._evaluate(run, folder, x, found.digests[label], Path(name).stem)
+        return found
 
     def _evaluate(self, run: Run, folder: Path, x: tuple, digest: str, data: str) -> Evaluation:
         path = folder / f"evaluation-{data}-{self.num_particles}.safetensors"
@@ -262,19 +262,31 @@ class Measured:
     runs: dict[str, Run]
     evaluations: dict[str, Evaluation]
     images: dict[str, np.ndarray]
-    paired: bool
-    """Whether all were evaluated on one and the same array."""
+    digests: dict[str, str]
+    """By label, the hash of the data as the model saw them."""
+
+    @property
+    def paired(self) -> bool:
+        """Whether all were evaluated on one and the same array."""
+        return len(set(self.digests.values())) == 1
 
     def table(self) -> Table:
         from elbozoo.report import caption, results
 
         rows = results(self.runs, self.evaluations, self.paired)
-        table = Table(box=None, pad_edge=False, caption=caption(self.evaluations), caption_justify="left", header_style="bold")
+        table = Table(box=SIMPLE_HEAD, padding=0, caption=caption(self.evaluations), caption_justify="left")
         for i, column in enumerate(rows[0]):
-            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+            table.add_column(column, justify="right" if i else "left")
         for row in rows:
             table.add_row(*row.values())
         return table
+
+
+def load(folders: Sequence[Path]) -> dict[Path, Run]:
+    """The runs of some folders."""
+    if not folders:
+        raise must("RUN", "be given", "none", "Name one run folder or more")
+    return {folder: Run.load(folder) for folder in folders}
 
 
 def pack(evaluation: Evaluation) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -314,7 +326,7 @@ class Evaluate(Measuring):
     json: bool = False
 
     def __call__(self, command: str) -> None:
-        (found,) = self.measure([self.run]).evaluations.values()
+        (found,) = self.measure(load([self.run])).evaluations.values()
         out.print_json(json.dumps(found.summary())) if self.json else out.print(found)
 
 
@@ -329,7 +341,7 @@ class Compare(Measuring):
     runs: Folders = ()
 
     def __call__(self, command: str) -> None:
-        out.print(self.measure(self.runs).table())
+        out.print(self.measure(load(self.runs)).table())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,7 +351,7 @@ class Report(Measuring):
     Args:
         runs: run folders; the first is what the others are held against.
         out: the page; report.html in the first run's folder if left out.
-        draws: posterior draws of each of the first hundred data in each run's posterior.nc; 0 for no file.
+        draws: posterior draws of each of the first forty data in each run's posterior.nc; 0 for no file.
     """
 
     runs: Folders = ()
@@ -347,7 +359,7 @@ class Report(Measuring):
     draws: int = 100
 
     def __call__(self, command: str) -> None:
-        self.write(self.measure(self.runs))
+        self.write(self.measure(load(self.runs)))
 
     def write(self, measured: Measured) -> None:
         """Write what there is to write about runs that have been measured."""
@@ -355,7 +367,7 @@ class Report(Measuring):
 
         for folder, run, images in zip(self.runs, measured.runs.values(), measured.images.values(), strict=True):
             if self.draws:
-                save_netcdf(run, images[:100], self.draws, folder / "posterior.nc")
+                save_netcdf(run, images[:DRAWN], self.draws, folder / "posterior.nc")
         path = self.out or self.runs[0] / "report.html"
         write_report(measured.runs, measured.evaluations, measured.images, path, paired=measured.paired)
         say(f"Report: {path}")
@@ -415,22 +427,22 @@ class Demo:
         data = Data.read("digits")
         spec = VAE(data.facts["data_dim"], latent_dim=16, network=MLP(hidden=(200,)))
         objectives: dict[str, Objective] = {
-            "ELBO": ELBO(),
-            "IWAE": IWAE(num_particles=10),
-            "annealed KL": AnnealedKL(ELBO(), warmup=self.epochs / 2),
-            "free bits": FreeBits(ELBO(), free_bits=0.25),
+            "elbo": ELBO(),
+            "iwae": IWAE(num_particles=10),
+            "annealed-kl": AnnealedKL(ELBO(), warmup=self.epochs // 2),
+            "free-bits": FreeBits(ELBO(), free_bits=0.25),
         }
-        folders = []
+        program = getattr(spec, self.engine)()
+        runs: dict[Path, Run] = {}
         for name, objective in objectives.items():
             say(f"{name}: {options.describe(objective)}")
             run = fit(
-                getattr(spec, self.engine)(), data.train, objective=objective, epochs=self.epochs, batch_size=100, learning_rate=3e-3, seed=self.seed,
-                binarize="stochastic",
+                program, data.train, objective=objective, epochs=self.epochs, batch_size=100, learning_rate=3e-3, seed=self.seed, binarize="stochastic",
             )  # fmt: skip
             run.config |= {"data": data.name, "image_shape": data.facts["image_shape"], "command": command}
-            folders.append(run.save(self.out / name.replace(" ", "-").lower()))
-        report = Report(runs=tuple(folders), out=self.out / "report.html", num_particles=self.num_particles)
-        measured = report.measure(folders)
+            runs[run.save(self.out / name)] = run
+        report = Report(runs=tuple(runs), out=self.out / "report.html", num_particles=self.num_particles)
+        measured = report.measure(runs)
         out.print(measured.table())
         report.write(measured)
 

@@ -51,7 +51,7 @@ def results(runs: Runs, evaluations: Evaluations, paired: bool) -> list[dict[str
             row["less the first's"] = "" if found is first else _difference(found, first)
         units = sum(len(a) for a in found.activity.values())
         row |= {name: f"{getattr(found, attribute):.2f}" for name, attribute in (("ELBO", "elbo"), ("rate", "rate"), ("distortion", "distortion"))}
-        row["active units"] = "" if found.total_active_units is None else f"{found.total_active_units} of {units}"
+        row["active units"] = "" if found.total_active_units is None else f"{found.total_active_units}/{units}"
         row["seconds"] = f"{sum(r['seconds'] for r in run.history):.1f}"
         rows.append(row)
     return rows
@@ -68,7 +68,7 @@ def caption(evaluations: Evaluations) -> str:
     data = sorted({e.num_data for e in evaluations.values()})
     particles = sorted({e.num_particles for e in evaluations.values()})
     return (
-        f"Nats per datum on {' or '.join(map(str, data))} held-out data; NLL with K = {' or '.join(map(str, particles))} importance samples, "
+        f"Nats per datum over {' or '.join(map(str, data))} data; NLL with K = {' or '.join(map(str, particles))} importance samples, "
         "s.e. from the choice of data; seconds of training."
     )
 
@@ -115,6 +115,7 @@ def kl_per_dimension(evaluations: Evaluations) -> Figure:
         order = np.argsort(-rate)
         axes.bar(np.arange(1, len(rate) + 1), rate[order], color=np.where(active[order], "0.25", "1.0"), edgecolor="0.25", linewidth=0.6)
         axes.set(title=label, xlabel="latent dimension, by rate")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(panels):
         axes.set_visible(False)

@@ -5,16 +5,44 @@ if __name__ == "inference":
 
 from elbozoo.inference.errors import CorruptFile, ElbozooError, InvalidArgument, NonFinite, Refused
 from elbozoo.inference.evaluation import Evaluation, evaluate
-from elbozoo.inference.gradients import DReG, GradientEstimator, Pathwise, ScoreFunction, STL
+from elbozoo.inference.gradients import STL, DReG, GradientEstimator, Pathwise, ScoreFunction
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Bound, Objective, Renyi
 from elbozoo.inference.optimizers import Adam
-#TMP from elbozoo.inference.posterior import to_arviz
+
+# TMP from elbozoo.inference.posterior import to_arviz
 from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, Shape
 from elbozoo.inference.terms import Site, Terms
 from elbozoo.inference.training import Run, fit
 
 __all__ = [
-    "CIWAE", "ELBO", "IWAE", "MIWAE", "PIWAE", "STL", "TVO", "Adam", "AnnealedKL", "Beta", "Bound", "Capacity", "CorruptFile", "DReG", "ElbozooError", "Evaluation",
-    "FreeBits", "GradientEstimator", "InvalidArgument", "NonFinite", "Objective", "Pathwise", "Refused", "Renyi", "Run", "ScoreFunction",
-    "Shape", "Site", "Terms", "fit",
-]  # fmt: skip
+    "CIWAE",
+    "ELBO",
+    "IWAE",
+    "MIWAE",
+    "PIWAE",
+    "STL",
+    "TVO",
+    "Adam",
+    "AnnealedKL",
+    "Beta",
+    "Bound",
+    "Capacity",
+    "CorruptFile",
+    "DReG",
+    "ElbozooError",
+    "Evaluation",
+    "FreeBits",
+    "GradientEstimator",
+    "InvalidArgument",
+    "NonFinite",
+    "Objective",
+    "Pathwise",
+    "Refused",
+    "Renyi",
+    "Run",
+    "ScoreFunction",
+    "Shape",
+    "Site",
+    "Terms",
+    "fit",
+]

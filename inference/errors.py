@@ -35,6 +35,8 @@ class CorruptFile(ElbozooError, ValueError):
     """A file that is truncated, altered or of another kind than expected."""
 
 
-def must(name: str, condition: str, got: object, todo: str, error: type[ElbozooError] = InvalidArgument) -> ElbozooError:
+def must(
+    name: str, condition: str, got: object, todo: str, error: type[ElbozooError] = InvalidArgument
+) -> ElbozooError:
     """Build (not raise) the error ``<name> must <condition>; got <got>. <todo>.``"""
     return error(f"{name} must {condition}; got {got}. {todo.rstrip('.')}.")

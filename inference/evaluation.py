@@ -80,8 +80,8 @@ def feed(program: Any, batch: tuple[np.ndarray, ...]) -> tuple:
     torch = sys.modules["torch"]  # a Pyro program cannot be without it; elbozoo without one must not import it
     like = torch.empty(0)
     for owner in (program.model, program.guide):
-        parameters = getattr(owner, "parameters", None)
-        like = next((p for p in parameters() if p.is_floating_point()), like) if callable(parameters) else like
+        parameters = getattr(owner, "parameters", tuple)  # a plain function has none
+        like = next((p for p in parameters() if p.is_floating_point()), like)
     tensors = (torch.as_tensor(a, device=like.device) for a in batch)
     return tuple(t.to(like.dtype) if t.is_floating_point() else t for t in tensors)
 

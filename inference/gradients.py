@@ -1,17 +1,18 @@
 r"""Gradient estimators for any bound ``F(l_1 … l_K)``.
 
-Each estimator is a choice of three coefficients per particle: ``c_k`` on the model's parameters, ``d_k`` on the paths through
-the drawn values, ``e_k`` on the guide's parameters inside ``log q`` (the score, whose expectation for constant ``e`` is zero):
+Each estimator is a choice of three coefficients per particle: ``c_k`` on the model's parameters, ``d_k`` on the paths
+through the drawn values, ``e_k`` on the guide's parameters inside ``log q`` (the score, whose expectation for
+constant ``e`` is zero):
 
-.. math:: g = \sum_k c_k\, \partial_\theta l_k + d_k\, \partial_{z_k} l_k\, \partial_\phi z_k - e_k\, \partial_\phi \log q_\phi(z_k)
+.. math:: g = \sum_k c_k\, \partial_\theta l_k + d_k\, \partial_{z_k} l_k\, \partial_\phi z_k - e_k\, \partial_\phi
+\log q_\phi(z_k)
 
 ========== ================= ============================== =========
 estimator  ``c_k``           ``d_k``                        ``e_k``
 ========== ================= ============================== =========
-Pathwise   ``∂F/∂l_k``       ``∂F/∂l_k``                    ``∂F/∂l_k``
-STL        ``∂F/∂l_k``       ``∂F/∂l_k``                    0
-DReG       ``∂F/∂l_k``       ``∂F/∂l_k - ∂²F/∂l_k²``        0
-Score      ``∂F/∂l_k``       0                              ``∂F/∂l_k``, plus ``(F - baseline_k) ∂_φ log q``
+Pathwise   ``∂F/∂l_k``       ``∂F/∂l_k``                    ``∂F/∂l_k`` STL        ``∂F/∂l_k``       ``∂F/∂l_k``
+0 DReG       ``∂F/∂l_k``       ``∂F/∂l_k - ∂²F/∂l_k²``        0 Score      ``∂F/∂l_k``       0
+``∂F/∂l_k``, plus ``(F - baseline_k) ∂_φ log q``
 ========== ================= ============================== =========
 """
 
@@ -52,7 +53,10 @@ class GradientEstimator(ABC):
         """Refuse a bound that this estimator cannot serve, when the pair is built."""
 
     def check_terms(self, terms: Terms) -> None:
-        """Refuse sites that this estimator cannot serve, at the first step. Default: every site must be reparameterised."""
+        """Refuse sites that this estimator cannot serve, at the first step.
+
+        Default: every site must be reparameterised.
+        """
         for name, site in terms.sites.items():
             if not site.reparameterised:
                 raise must(
@@ -101,9 +105,10 @@ class STL(GradientEstimator):
 class DReG(GradientEstimator):
     r"""The doubly reparameterised gradient: the score term is reparameterised once more, unbiased for every K.
 
-    For a bound F: ``E[c_k ∂_φ log q] = E[∂_{z_k} c_k ∂_φ z_k]`` turns the score into a path with coefficient ``∂²F/∂l_k²``. For IWAE the
-    path's coefficient is the squared normalised weight. Under a shape with gain β on the rate it is ``c_k - β ∂²F/∂l_k²``.
-    It needs one gain for all sites and dimensions, so shapes that gate single dimensions are refused.
+    For a bound F: ``E[c_k ∂_φ log q] = E[∂_{z_k} c_k ∂_φ z_k]`` turns the score into a path with coefficient
+        ``∂²F/∂l_k²``. For IWAE the
+    path's coefficient is the squared normalised weight. Under a shape with gain β on the rate it is ``c_k - β
+    ∂²F/∂l_k²``. It needs one gain for all sites and dimensions, so shapes that gate single dimensions are refused.
 
     References: Tucker et al. 2019 (arXiv 1810.04152), eq. 8; for α ≠ 0 their appendix; here for any F.
     """
@@ -122,9 +127,10 @@ class ScoreFunction(GradientEstimator):
 
     .. math:: \sum_k (F - b_k)\, \partial_\phi \log q_\phi(z_k|x) + \partial F
 
-    ``b_k`` is the bound with ``l_k`` replaced by the mean of the other particles' ``l`` (for IWAE this is VIMCO's geometric baseline; for the ELBO the
-    leave-one-out mean); it does not depend on ``z_k``, so the gradient stays unbiased. At K = 1 there is no other particle and no baseline.
-    Sites whose guide distribution is reparameterised take the pathwise gradient, unless ``pathwise_where_possible`` is False.
+    ``b_k`` is the bound with ``l_k`` replaced by the mean of the other particles' ``l`` (for IWAE this is VIMCO's
+    geometric baseline; for the ELBO the leave-one-out mean); it does not depend on ``z_k``, so the gradient stays
+    unbiased. At K = 1 there is no other particle and no baseline. Sites whose guide distribution is reparameterised
+    take the pathwise gradient, unless ``pathwise_where_possible`` is False.
 
     References: Williams 1992; Mnih & Rezende 2016 (arXiv 1602.06725), eqs. 7–10; Kool et al. 2019.
     """
@@ -145,8 +151,7 @@ class ScoreFunction(GradientEstimator):
 
     def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
         log_weight = stop_gradient(terms.log_weight)
-        pathwise = self.pathwise_where_possible and any(s.reparameterised for s in terms.sites.values())
-        if pathwise:
+        if self.pathwise_where_possible:
             scored = [s.log_guide for s in terms.sites.values() if not s.reparameterised]
             rest = Pathwise().surrogate(bound, terms)
         else:
@@ -160,7 +165,10 @@ class ScoreFunction(GradientEstimator):
 
 
 def leave_one_out(bound: Bound, log_weight: LogWeight) -> Array:
-    """``F`` with ``l_k`` replaced by the mean of the others, for each k: ``(K, *P)``; zero at K = 1. Holds K² numbers per datum."""
+    """``F`` with ``l_k`` replaced by the mean of the others, for each k:
+
+    ``(K, *P)``; zero at K = 1. Holds K² numbers per datum.
+    """
     num = log_weight.shape[0]
     if num == 1:
         return 0.0 * log_weight
@@ -169,7 +177,8 @@ def leave_one_out(bound: Bound, log_weight: LogWeight) -> Array:
 
 
 def weighted(terms: Terms, model: LogWeight, path: LogWeight, score: LogWeight | None) -> PerDatum:
-    """The surrogate with constant coefficients ``model`` on the parameters, ``path`` on the drawn values, ``score`` on ``log q``.
+    """The surrogate with constant coefficients ``model`` on the parameters, ``path`` on the drawn values, ``score``
+    on ``log q``.
 
     One backward pass serves model and path: gradients into ``z_k`` are rescaled by ``path / model``.
     """

@@ -461,9 +461,10 @@ class Program:
             if self.spec is None:
                 raise must("example", "be given for a program without a spec", "nothing", "Pass a small batch of data: with_weights(weights, x)")
             example = (jnp.zeros((1, self.spec.data_dim)),)
-        template, _, mutable = replace(self, params=None).init(random.key(0), *example)
-        params = from_torch_layout(weights, jax.tree.map(np.asarray, template), self._prefix)
-        return self.with_params(jax.tree.map(lambda w, t: jnp.asarray(w, t.dtype), params, template), mutable or None)
+        untrained = replace(self, params=None)
+        template, mutable = jax.jit(lambda key: untrained.init(key, *example)[::2])(random.key(0))
+        params = from_torch_layout(weights, template, self._prefix)
+        return self.with_params(jax.tree.map(jnp.asarray, params), mutable or None)
 
     def apply(
         self, fn: Callable[[Terms], Any], args: tuple, *, num_particles: int = 1, seed: int = 0, analytic_kl: bool = False

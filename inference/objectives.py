@@ -4,12 +4,14 @@ Every bound is a frozen dataclass with ``bound(terms)`` (what is reported: nats 
 ``surrogate(terms)`` (what is differentiated). The gradient estimator is a field, the training shape a wrapper
 (:mod:`elbozoo.inference.shapes`), so any bound meets any fitting gradient under any schedule.
 
-With ``l_k = log p(x, z_k) - log q(z_k | x)``, a bound is ``F(l_1 … l_K)`` and needs three formulas: its value ``F``, its weights
-``c_k = ∂F/∂l_k`` and its curvatures ``∂²F/∂l_k²``. The estimators in :mod:`elbozoo.inference.gradients` need no more.
+With ``l_k = log p(x, z_k) - log q(z_k | x)``, a bound is ``F(l_1 … l_K)`` and needs three formulas: its value ``F``,
+its weights ``c_k = ∂F/∂l_k`` and its curvatures ``∂²F/∂l_k²``. The estimators in
+:mod:`elbozoo.inference.gradients` need no more.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -30,7 +32,8 @@ PerDatum = Float[Any, "*P"]
 class Objective(ABC):
     """What training maximises and what it reports.
 
-    Subclasses are frozen dataclasses; both methods are pure and traceable by ``jax.jit``, ``jax.vmap`` and ``torch.func``.
+    Subclasses are frozen dataclasses; both methods are pure and traceable by ``jax.jit``, ``jax.vmap`` and
+    ``torch.func``.
     """
 
     num_particles: int
@@ -57,7 +60,9 @@ class Objective(ABC):
     def check(self, terms: Terms) -> None:
         """Refuse (:class:`Refused`) what cannot give a right gradient on these terms."""
         if not terms.sites:
-            raise must("guide", "draw at least one latent site", "none", "Write a guide with a sample site", InvalidArgument)
+            raise must(
+                "guide", "draw at least one latent site", "none", "Write a guide with a sample site", InvalidArgument
+            )
 
     def scalars(self, terms: Terms) -> dict[str, Any]:
         """Scalars to log beside the bound: the shaped bound, β, λ, …; empty without a shape."""
@@ -104,8 +109,9 @@ class Bound(Objective):
         self.gradient.check_terms(terms)
         if terms.joint and self.num_particles > 1 and not isinstance(self, ELBO):
             warnings.warn(
-                f"{type(self).__name__}: a sample site lies outside the data plate, so each particle has one joint weight for the whole batch "
-                "and the bound is as loose as that weight is variable. Put every latent inside the plate for per-datum weights, or use ELBO.",
+                f"{type(self).__name__}: a sample site lies outside the data plate, so each particle has one joint weight "
+                "for the whole batch and the bound is as loose as that weight is variable. Put every latent inside the "
+                "plate for per-datum weights, or use ELBO.",
                 stacklevel=2,
             )
 
@@ -116,9 +122,10 @@ class ELBO(Bound):
 
     .. math:: \mathcal L = E_{q(z|x)}[\log p(x|z)] - \sum_s E_q[KL(q_s \| p_s)],\qquad F(l) = \tfrac1K \sum_k l_k
 
-    With ``analytic_kl`` (default) each site's KL is its closed form where one exists and is valid (what the model's site depends on is drawn
-    before it in the guide), and the sample ``log q - log p`` elsewhere. The sampled form has zero variance at the exact posterior, the analytic
-    one usually less variance far from it; their expectations agree. Estimators that need the sampled form (STL, DReG) get it.
+    With ``analytic_kl`` (default) each site's KL is its closed form where one exists and is valid (what the model's
+    site depends on is drawn before it in the guide), and the sample ``log q - log p`` elsewhere. The sampled form has
+    zero variance at the exact posterior, the analytic one usually less variance far from it; their expectations
+    agree. Estimators that need the sampled form (STL, DReG) get it.
 
     Args:
         num_particles: K, draws averaged.
@@ -157,9 +164,11 @@ class IWAE(Bound):
 
     Args:
         num_particles: K.
-        gradient: ``Pathwise()``, ``DReG()`` (whose guide gradient does not drown in noise as K grows), ``STL()`` (biased for K > 1), ….
+        gradient: ``Pathwise()``, ``DReG()`` (whose guide gradient does not drown in noise as K grows), ``STL()``
+            (biased for K > 1), ….
 
-    Units: nats per datum. Limits: K = 1 is the ELBO; K → ∞ is ``log p(x)``, the gap shrinking as ``Var(w)/(2K)`` relative to the mean weight.
+    Units: nats per datum. Limits: K = 1 is the ELBO; K → ∞ is ``log p(x)``, the gap shrinking as ``Var(w)/(2K)``
+        relative to the mean weight.
     References: Burda et al. 2016 (arXiv 1509.00519), eqs. 8, 14.
     """
 
@@ -199,7 +208,9 @@ class Renyi(Bound):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not math.isfinite(self.alpha) or self.alpha == 1:
-            raise must("alpha", "be finite and differ from 1", self.alpha, "Use ELBO(), the limit α → 1, or another order")
+            raise must(
+                "alpha", "be finite and differ from 1", self.alpha, "Use ELBO(), the limit α → 1, or another order"
+            )
 
     def value(self, log_weight: LogWeight) -> PerDatum:
         s = 1.0 - self.alpha
@@ -294,7 +305,8 @@ class PIWAE(MIWAE):
     r"""Partially importance-weighted: the model climbs ``IWAE(outer·inner)``, the guide ``MIWAE(outer, inner)``.
 
     The same ``K = M·L`` particles serve both: the model gets the tightest bound, the guide the better gradient signal.
-    The reported bound is the model's, ``IWAE(M·L)``. A parameter that model and guide share gets both gradients, each for its role.
+    The reported bound is the model's, ``IWAE(M·L)``. A parameter that model and guide share gets both gradients,
+    each for its role.
 
     Args:
         outer: M, groups of the guide's bound.
@@ -317,9 +329,10 @@ class TVO(Bound):
     .. math:: \sum_{j=0}^{J-1} (\beta_{j+1} - \beta_j)\, \hat E_{\pi_{\beta_j}}[\log w],\qquad
         \hat E_{\pi_\beta}[\log w] = \sum_k \frac{w_k^\beta}{\sum_i w_i^\beta} \log w_k
 
-    with ``β_0 = 0``, ``β_J = 1`` and the points between spaced evenly in ``log β`` from ``first_beta``. The self-normalised
-    expectation at β is the slope of the convex ``β ↦ log mean_k w_k^β``, so at every K the sum lies between the ELBO and IWAE_K:
-    the K-sample value is itself a lower bound, and what is differentiated is exactly its expectation.
+    with ``β_0 = 0``, ``β_J = 1`` and the points between spaced evenly in ``log β`` from ``first_beta``. The
+    self-normalised expectation at β is the slope of the convex ``β ↦ log mean_k w_k^β``, so at every K the sum lies
+    between the ELBO and IWAE_K: the K-sample value is itself a lower bound, and what is differentiated is exactly its
+    expectation.
 
     Args:
         partitions: J, number of intervals.
@@ -347,7 +360,7 @@ class TVO(Bound):
         inner = self.partitions - 1
         points = [0.0, *(self.first_beta ** (1.0 - j / inner) for j in range(inner))] if inner else [0.0]
         points.append(1.0)
-        return [(a, b - a) for a, b in zip(points[:-1], points[1:], strict=True)]
+        return [(a, b - a) for a, b in itertools.pairwise(points)]
 
     def value(self, log_weight: LogWeight) -> PerDatum:
         return sum(width * (softmax(b * log_weight) * log_weight).sum(axis=0) for b, width in self._intervals())

@@ -16,7 +16,8 @@ class Adam:
     r"""Adam with the same defaults in both engines.
 
     Args:
-        learning_rate: step size, or a function of the step (0-based) that returns it (traceable by JAX for a NumPyro program).
+        learning_rate: step size, or a function of the step (0-based) that returns it (traceable by JAX for a NumPyro
+            program).
         b1, b2: decay rates of the two moments.
         eps: added to the root of the second moment. Burda et al. use 1e-4.
         clip_norm: rescale the gradient to this global norm where it is longer; None for never.

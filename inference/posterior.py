@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
-import arviz
 import numpy as np
 import xarray
 
@@ -135,8 +135,11 @@ def to_arviz(
 
 def _wrap(groups: Mapping[str, xarray.Dataset], attrs: Mapping[str, Any]) -> Any:
     """The container of the installed ArviZ: the one place where its versions differ."""
-    if arviz.__version__.startswith("0."):
-        return arviz.InferenceData(attrs=dict(attrs), **groups)
+    if version("arviz").startswith("0."):
+        import arviz  # here, for it takes seconds and 1.x has no need of it
+
+        inference_data: Any = arviz.InferenceData
+        return inference_data(attrs=dict(attrs), **groups)
     tree = xarray.DataTree.from_dict(dict(groups))
     tree.attrs = dict(attrs)
     return tree
@@ -155,20 +158,20 @@ def _draws(terms: Terms) -> dict[str, Any]:
 
 
 def _gather(call: Callable[[int, int], Any], num_draws: int, chunk: int, seed: int, stream: int) -> Any:
-    """The results of calls of at most ``chunk`` draws, joined along axis 0."""
-    sizes = [min(chunk, num_draws - first) for first in range(0, num_draws, chunk)]
-    return _join([call(size, call_seed(seed, stream, i)) for i, size in enumerate(sizes)])
+    """The results of calls of ``chunk`` draws (one shape, one compilation), joined along axis 0 and cut to length."""
+    parts = [call(chunk, call_seed(seed, stream, i)) for i in range(math.ceil(num_draws / chunk))]
+    return _join(parts, num_draws)
 
 
-def _join(parts: list[Any]) -> Any:
+def _join(parts: list[Any], num_draws: int) -> Any:
     if isinstance(parts[0], dict):
-        return {key: _join([part[key] for part in parts]) for key in parts[0]}
-    return np.concatenate(parts)
+        return {key: _join([part[key] for part in parts], num_draws) for key in parts[0]}
+    return np.concatenate(parts)[:num_draws]
 
 
 def effective_draws(log_weight: np.ndarray) -> np.ndarray:
     """``(Σ w)² / Σ w²`` along axis 0."""
-    return np.exp(2.0 * logsumexp(log_weight) - logsumexp(2.0 * log_weight))
+    return np.asarray(np.exp(2.0 * logsumexp(log_weight) - logsumexp(2.0 * log_weight)))
 
 
 def resampled(log_weight: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -211,7 +214,8 @@ class _Names:
 
     def data(self, arrays: Sequence[np.ndarray], like: Mapping[str, np.ndarray]) -> Variables:
         """Each observed site takes the first argument of the program that has its shape and no site yet."""
-        left, out = list(arrays), {}
+        left = list(arrays)
+        out: Variables = {}
         for name, draws in like.items():
             at = next((i for i, a in enumerate(left) if a.shape == draws.shape[1:]), None)
             if at is not None:
@@ -219,9 +223,10 @@ class _Names:
         return out
 
     def _observation(self, name: str, x: np.ndarray, lead: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
-        flat = x.ndim == len(lead) + 2 and x.shape[len(lead)] == self.num_data
-        if flat and self.image_shape and math.prod(self.image_shape) == x.shape[-1]:
-            x = x.reshape(*x.shape[:-1], *self.image_shape)
+        shape: tuple[int, ...] = x.shape
+        flat = shape[len(lead) : -1] == (self.num_data,)
+        if flat and self.image_shape and math.prod(self.image_shape) == shape[-1]:
+            x = x.reshape(*shape[:-1], *self.image_shape)
             return self._named(name, x, lead, ("channel", "height", "width")[-len(self.image_shape) :])
         return self._named(name, x, lead, ("pixel",) if flat and self.has_spec else ())
 

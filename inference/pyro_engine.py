@@ -462,9 +462,10 @@ class Program:
     def frozen(self) -> Program:
         """The same program whose parameters are constants: no ``param`` site is visible from outside, no gradient reaches them."""
         twin = self.copy()
+        for module in twin._modules():
+            module.eval()
         for p in twin._tensors().values():
             p.requires_grad_(False)
-
         return Program(_Hidden(twin.model, twin), _Hidden(twin.guide, twin), self.spec, twin.store)
 
     def _modules(self) -> list[torch.nn.Module]:
@@ -512,7 +513,7 @@ class Program:
                     raise must(
                         f"weights['{name}']", f"have shape {tuple(tensor.shape)}", weights[name].shape, "Load weights of a program with the same hyperparameters"
                     )
-                tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+                tensor.copy_(torch.as_tensor(weights[name]))
         twin.trained = True
         return twin
 

@@ -1,8 +1,8 @@
 r"""Shapes: how the rate is charged while training. What is reported stays the unshaped bound.
 
-Every shape here replaces each site's rate by ``gain * rate + offset``: annealing and β set one gain, free bits gate dimensions
-whose batch-mean rate is below λ (``max(λ, KL)`` has gain 0 and offset λ there), a capacity pulls the rate to a target. A shape wraps an
-objective and is an objective, so shapes nest: ``AnnealedKL(FreeBits(ELBO()))``.
+Every shape here replaces each site's rate by ``gain * rate + offset``: annealing and β set one gain, free bits gate
+dimensions whose batch-mean rate is below λ (``max(λ, KL)`` has gain 0 and offset λ there), a capacity pulls the rate
+to a target. A shape wraps an objective and is an objective, so shapes nest: ``AnnealedKL(FreeBits(ELBO()))``.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ def _progress(length: float, unit: str, step: Any) -> Any:
     """``step / length`` clipped to [0, 1], for Python numbers and arrays alike."""
     if unit == "epochs":
         raise must(
-            "unit", "be 'steps' outside fit, which alone knows how long an epoch is", unit, "Pass unit='steps', or shape.in_steps(steps_per_epoch)"
+            "unit",
+            "be 'steps' outside fit, which alone knows how long an epoch is",
+            unit,
+            "Pass unit='steps', or shape.in_steps(steps_per_epoch)",
         )
     x = step / length if length > 0 else step * 0 + 1.0
     return x + (1.0 - x) * (x > 1.0)
@@ -113,7 +116,9 @@ def _scale_gains(terms: Terms, factor: Any) -> Terms:
 
 @dataclass(frozen=True)
 class Beta(Shape):
-    r"""A constant weight on the rate: ``E[log p(x|z)] - β KL`` for the ELBO; log weights with the rate times β elsewhere.
+    r"""A constant weight β on the rate.
+
+    For the ELBO this is ``E[log p(x|z)] - β KL``; elsewhere the log weights charge the rate times β.
 
     Args:
         objective: the objective to shape.
@@ -143,13 +148,16 @@ class AnnealedKL(Shape):
     Args:
         objective: the objective to shape.
         warmup: length of the rise (of one cycle when cyclical), in ``unit``.
-        schedule_form: "linear"; "cosine" (half a cosine wave); "cyclical" (``cycles`` rises, each linear over ``ramp`` of its cycle, then β = 1).
+        schedule_form: "linear"; "cosine" (half a cosine wave); "cyclical" (``cycles`` rises, each linear over
+            ``ramp`` of its cycle, then β = 1).
         unit: "steps" or "epochs" (epochs only inside ``fit``).
         start: β at step 0.
         cycles, ramp: for "cyclical". After the last cycle β stays 1.
 
-    Raises: InvalidArgument for lengths ≤ 0, start outside [0, 1]. ``fit`` warns when the warm-up is longer than the run.
-    References: Bowman et al. 2016 (arXiv 1511.06349), section 3.1; Sønderby et al. 2016 (arXiv 1602.02282), eq. 18; cyclical: Fu et al. 2019 (arXiv 1903.10145), eqs. 6–7.
+    Raises: InvalidArgument for lengths ≤ 0, start outside [0, 1]. ``fit`` warns when the warm-up is longer than the
+        run.
+    References: Bowman et al. 2016 (arXiv 1511.06349), section 3.1; Sønderby et al. 2016 (arXiv 1602.02282), eq. 18;
+        cyclical: Fu et al. 2019 (arXiv 1903.10145), eqs. 6–7.
     """
 
     objective: Objective = field(default_factory=ELBO)
@@ -162,13 +170,17 @@ class AnnealedKL(Shape):
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.warmup) and self.warmup > 0):
-            raise must("warmup", "be finite and above 0", self.warmup, "Use the objective without AnnealedKL for no warm-up")
+            raise must(
+                "warmup", "be finite and above 0", self.warmup, "Use the objective without AnnealedKL for no warm-up"
+            )
         if not 0.0 <= self.start <= 1.0:
             raise must("start", "lie in [0, 1]", self.start, "β rises from start to 1")
         if not 0.0 < self.ramp <= 1.0:
             raise must("ramp", "lie in (0, 1]", self.ramp, "It is the share of a cycle in which β rises")
         if self.schedule_form not in ("linear", "cosine", "cyclical"):
-            raise must("schedule_form", "be 'linear', 'cosine' or 'cyclical'", repr(self.schedule_form), "Choose one of them")
+            raise must(
+                "schedule_form", "be 'linear', 'cosine' or 'cyclical'", repr(self.schedule_form), "Choose one of them"
+            )
         check_particles("cycles", self.cycles)
 
     @property
@@ -223,8 +235,8 @@ class FreeBits(Shape):
         free_bits: λ, nats per group (the name is the field's; the unit is nats).
         per: groups are each latent "dimension" or each whole "site".
 
-    Raises: InvalidArgument for λ < 0; Refused on multi-sample bounds, on gradients that need one gain, and per dimension on sites whose guide or
-    prior does not factorise.
+    Raises: InvalidArgument for λ < 0; Refused on multi-sample bounds, on gradients that need one gain, and per
+        dimension on sites whose guide or prior does not factorise.
     References: Kingma et al. 2016 (arXiv 1606.04934), eq. 15.
     """
 
@@ -240,8 +252,11 @@ class FreeBits(Shape):
         _check_elbo(self)
         if not self.gradient.allows_gain_per_dimension:
             raise must(
-                "FreeBits.objective.gradient", "allow a gain per dimension", type(self.gradient).__name__,
-                "Use Pathwise() or STL(); for the ELBO, DReG is STL", Refused,
+                "FreeBits.objective.gradient",
+                "allow a gain per dimension",
+                type(self.gradient).__name__,
+                "Use Pathwise() or STL(); for the ELBO, DReG is STL",
+                Refused,
             )
 
     def check(self, terms: Terms) -> None:
@@ -249,8 +264,11 @@ class FreeBits(Shape):
         for name, site in terms.sites.items():
             if self.per == "dimension" and site.rate_terms is None:
                 raise must(
-                    f"site '{name}' under FreeBits(per='dimension')", "have a guide and a prior that factorise over dimensions",
-                    site.guide_family or "one that does not", "Use per='site'", Refused,
+                    f"site '{name}' under FreeBits(per='dimension')",
+                    "have a guide and a prior that factorise over dimensions",
+                    site.guide_family or "one that does not",
+                    "Use per='site'",
+                    Refused,
                 )
 
     def shape(self, terms: Terms) -> Terms:
@@ -274,7 +292,9 @@ class FreeBits(Shape):
 
 @dataclass(frozen=True)
 class Capacity(Shape):
-    r"""A target for the rate that rises to ``capacity``: ``E[log p(x|z)] - γ |KL - C(t)|``, KL the batch mean over all sites.
+    r"""A target for the rate that rises to ``capacity``.
+
+    ``E[log p(x|z)] - γ |KL - C(t)|``, with KL the batch mean over all sites.
 
     Args:
         objective: an ELBO, alone or shaped.
@@ -283,7 +303,8 @@ class Capacity(Shape):
         warmup: length of the linear rise from 0, in ``unit``.
         unit: "steps" or "epochs" (epochs only inside ``fit``).
 
-    Raises: InvalidArgument for negative values; Refused on multi-sample bounds. References: Burgess et al. 2018 (arXiv 1804.03599), eq. 8.
+    Raises: InvalidArgument for negative values; Refused on multi-sample bounds. References: Burgess et al. 2018
+        (arXiv 1804.03599), eq. 8.
     """
 
     objective: Objective = field(default_factory=ELBO)

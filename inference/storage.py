@@ -27,7 +27,8 @@ class WriteFailed(ElbozooError, OSError):
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to a temporary file beside ``path`` and move it there in one step.
 
-    The temporary file has one name for each ``path``: what a killed process leaves is overwritten, and does not pile up.
+    The temporary file has one name for each ``path``: what a killed process leaves is overwritten, and does not pile
+    up.
 
     Raises: WriteFailed; the earlier file, if any, is untouched.
     """
@@ -76,7 +77,8 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
 def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays and metadata of :func:`save_arrays`.
 
-    Raises: CorruptFile for a missing, truncated, altered or foreign file. A safetensors file of another library (no checksum) loads with empty metadata.
+    Raises: CorruptFile for a missing, truncated, altered or foreign file. A safetensors file of another library (no
+        checksum) loads with empty metadata.
     """
     content = _read(path)
     try:
@@ -115,7 +117,13 @@ def _read(path: Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise must(str(path), "be a readable file", f"{type(error).__name__}", "Give the folder of a run that fit or `elbozoo train` wrote", CorruptFile) from error
+        raise must(
+            str(path),
+            "be a readable file",
+            f"{type(error).__name__}",
+            "Give the folder of a run that fit or `elbozoo train` wrote",
+            CorruptFile,
+        ) from error
 
 
 def _digest(arrays: Mapping[str, np.ndarray], text: str) -> str:
@@ -133,4 +141,10 @@ def _unwritable(path: Path, error: OSError) -> ElbozooError:
 
 
 def _corrupt(path: Path, got: str) -> ElbozooError:
-    return must(str(path), "be a whole, unaltered file", got, "Restore it from a copy, or train again (an interrupted run resumes from its checkpoint)", CorruptFile)
+    return must(
+        str(path),
+        "be a whole, unaltered file",
+        got,
+        "Restore it from a copy, or train again (an interrupted run resumes from its checkpoint)",
+        CorruptFile,
+    )

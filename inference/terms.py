@@ -1,6 +1,7 @@
 r"""What an engine hands to an objective: the per-particle, per-datum log densities of one guide and model run.
 
-Shapes: ``K`` particles first, then the plates that *every* site shares, ``*P`` (usually one data plate, ``B``), then ``D``
+Shapes: ``K`` particles first, then the plates that *every* site shares, ``*P`` (usually one data plate, ``B``), then
+    ``D``
 for the dimensions of one latent site. All log densities are in nats, with their normalising constants.
 """
 
@@ -32,8 +33,8 @@ class Site:
         guide_family: the class name of the guide's distribution, for messages.
     """
 
-    log_prior: Float[Any, "K *P"]
-    log_guide: Float[Any, "K *P"]
+    log_prior: Float[Any, K *P]
+    log_guide: Float[Any, K *P]
     log_prior_terms: Float[Any, "K *P D"] | None = None
     log_guide_terms: Float[Any, "K *P D"] | None = None
     kl: Float[Any, "K *P E"] | None = None
@@ -79,14 +80,15 @@ class Terms:
         step: optimisation step (0-based), for schedules.
         scale: ``size / subsample_size`` of the shared plates; outside every logarithm of a mean.
         joint: some site lies outside a plate that another site is in, so one weight covers the whole batch.
-        data_per_entry: how many data one entry of a bound covers: 1 under a shared data plate; the data plate's size where the weight is joint.
+        data_per_entry: how many data one entry of a bound covers: 1 under a shared data plate; the data plate's size
+            where the weight is joint.
         observed: ``log p`` of each observed site, ``(K, *P)``; they sum to ``log_lik``.
         values: the drawn latent values, ``(K, …)``.
         refreeze: engine callback behind :meth:`freeze`.
         redraw: engine callback behind :meth:`log_guide_at_stopped_values`.
     """
 
-    log_lik: Float[Any, "K *P"]
+    log_lik: Float[Any, K *P]
     sites: Mapping[str, Site]
     step: Any = 0
     scale: Any = 1.0
@@ -122,7 +124,7 @@ class Terms:
             AssertionError: when sites differ; the gradient estimators refuse such shapes first.
         """
         gains = [site.gain for site in self.sites.values()]
-        assert gains and all(g is gains[0] for g in gains)
+        assert all(g is gains[0] for g in gains)
         return gains[0]
 
     def shaped(self, gains: Mapping[str, Any], offsets: Mapping[str, Any]) -> Terms:

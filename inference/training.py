@@ -46,7 +46,7 @@ class Run:
 
     program: Any
     objective: Objective
-    history: list[dict[str, float]]
+    history: list[dict[str, float | int]]
     config: dict[str, Any]
 
     @property
@@ -447,7 +447,7 @@ def _warn_long_warmup(objective: Objective, steps: int) -> None:
         objective = objective.objective
 
 
-def _stalled(rows: list[dict[str, float]], patience: int) -> bool:
+def _stalled(rows: list[dict[str, float | int]], patience: int) -> bool:
     bounds = np.nan_to_num([r["valid_bound"] for r in rows], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
     return len(bounds) > 0 and len(bounds) - 1 - int(np.argmax(bounds)) >= patience
 

@@ -31,7 +31,6 @@ install_import_hook("elbozoo.inference", "beartype.beartype")
 NEEDS = {"numpyro": ("jax", "numpyro", "flax", "optax"), "pyro": ("torch", "pyro")}
 """What each engine's extra brings, by import name."""
 
-
 MISSING = {engine: [module for module in modules if find_spec(module) is None] for engine, modules in NEEDS.items()}
 
 if not MISSING["pyro"]:

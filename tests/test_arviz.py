@@ -5,21 +5,22 @@ It runs under ArviZ 0.23 (``InferenceData``) and ArviZ 1.x (``DataTree``).
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import arviz
-import matplotlib
 import numpy as np
 import pytest
+from matplotlib import pyplot
 from scipy import stats
 
 from elbozoo._version import __version__
 from elbozoo.inference.errors import InvalidArgument, NonFinite
 from elbozoo.inference.posterior import effective_draws, resampled, to_arviz
 from elbozoo.inference.psis import pareto_k
+from elbozoo.inference.terms import Site, Terms
 from elbozoo.zoo import LinearVAE
 
 pytestmark = pytest.mark.arviz
@@ -35,8 +36,15 @@ WIDE = BEST | {"encoder.bias": BEST["encoder.bias"] + 0.2, "encoder_log_scale": 
 MEAN, COVARIANCE = SPEC.posterior(BEST, DATA)
 
 
-def program(engine: str, weights: dict[str, np.ndarray] = WIDE) -> Any:
-    return getattr(SPEC, engine)().with_weights(weights)
+@cache
+def program(engine: str) -> Any:
+    """The linear model with a guide that is wrong by known amounts; one a session, which compiles each shape once."""
+    return getattr(SPEC, engine)().with_weights(WIDE)
+
+
+@cache
+def draws(engine: str) -> Any:
+    return to_arviz(program(engine), DATA, num_draws=40, coords={"data": list("abcde")})
 
 
 def library(engine: str) -> tuple[Any, Any, Any]:
@@ -44,11 +52,13 @@ def library(engine: str) -> tuple[Any, Any, Any]:
     if engine == "pyro":
         import pyro
         import pyro.distributions as dist
+
         from elbozoo.inference.pyro_engine import Program
 
         return pyro, dist, Program
     import numpyro
     import numpyro.distributions as dist
+
     from elbozoo.inference.numpyro_engine import Program
 
     return numpyro, dist, lambda model, guide: Program(model, guide).with_params({})
@@ -62,7 +72,7 @@ def groups(found: Any) -> set[str]:
 
 
 def test_groups_dims_and_coords(engine: str) -> None:
-    found = to_arviz(program(engine), DATA, num_draws=30, coords={"data": list("abcde")})
+    found = draws(engine)
     dims = {
         "posterior": {"z": ("chain", "draw", "data", "z_dim")},
         "posterior_resampled": {"z": ("chain", "draw", "data", "z_dim")},
@@ -74,34 +84,49 @@ def test_groups_dims_and_coords(engine: str) -> None:
         "observed_data": {"x": ("data", "pixel")},
     }
     assert groups(found) == set(dims)
-    sizes = {"chain": 1, "draw": 30, "data": 5, "z_dim": 2, "pixel": 6}
+    sizes = {"chain": 1, "draw": 40, "data": 5, "z_dim": 2, "pixel": 6}
     for group, variables in dims.items():
         assert {name: tuple(v.dims) for name, v in found[group].data_vars.items()} == variables
         assert all(found[group].sizes[d] == sizes[d] for d in found[group].sizes)
         assert list(found[group].coords["data"].values) == list("abcde")
     np.testing.assert_array_equal(found["observed_data"]["x"], DATA)
-    assert found["posterior"].sel(data="c").z.shape == (1, 30, 2)
+    assert found["posterior"].sel(data="c").z.shape == (1, 40, 2)
     for attrs in (found.attrs, found["posterior"].attrs):
         assert attrs["inference_library"] == "elbozoo"
         assert attrs["inference_library_version"] == __version__
-        assert (attrs["engine"], attrs["model"], attrs["num_draws"], attrs["seed"]) == (engine, "LinearVAE", 30, 0)
+        assert (attrs["engine"], attrs["model"], attrs["num_draws"], attrs["seed"]) == (engine, "LinearVAE", 40, 0)
 
 
 @pytest.mark.numpyro
 def test_resampling_is_a_choice() -> None:
-    found = to_arviz(program("numpyro"), DATA, num_draws=30, resample=False)
+    found = to_arviz(program("numpyro"), DATA, num_draws=40, resample=False)
     assert "posterior" in groups(found)
     assert "posterior_resampled" not in groups(found)
 
 
-@pytest.mark.numpyro
+class Pictures:
+    """A fake program without an engine: one latent, and data of zeros and ones."""
+
+    engine = "numpyro"
+
+    def __init__(self, image_shape: tuple[int, ...]):
+        self.spec = SimpleNamespace(network=SimpleNamespace(image_shape=image_shape))
+
+    def apply(self, fn: Any, args: tuple, *, num_particles: int, seed: int) -> Any:
+        zeros = np.zeros((num_particles, len(args[0])))
+        return fn(Terms(zeros, {"z": Site(zeros, zeros)}, observed={"x": zeros}, values={"z": zeros}))
+
+    def predict(self, args: tuple, *, num_particles: int, seed: int, prior: bool) -> dict[str, Any]:
+        shape = (num_particles, len(args[0]))
+        return {"latent": {"z": np.zeros(shape)}, "observed": {"x": np.ones((*shape, 6))}, "mean": {}}
+
+
 @pytest.mark.parametrize(
     ("shape", "dims"),
     [((1, 2, 3), ("height", "width")), ((3, 2), ("height", "width")), ((3, 1, 2), ("channel", "height", "width"))],
 )
 def test_images_have_rows_and_columns(shape: tuple[int, ...], dims: tuple[str, ...]) -> None:
-    pictures = replace(program("numpyro"), spec=SimpleNamespace(image_shape=shape))
-    found = to_arviz(pictures, DATA, num_draws=3)
+    found = to_arviz(Pictures(shape), DATA, num_draws=3)
     assert found["observed_data"]["x"].dims == ("data", *dims)
     assert found["posterior_predictive"]["x"].dims == ("chain", "draw", "data", *dims)
     np.testing.assert_array_equal(found["observed_data"]["x"].values.reshape(5, 6), DATA)
@@ -110,10 +135,10 @@ def test_images_have_rows_and_columns(shape: tuple[int, ...], dims: tuple[str, .
 @pytest.mark.numpyro
 def test_names_may_be_chosen() -> None:
     dims = {"z": ["data", "axis"], "x": ["data", "sensor"]}
-    found = to_arviz(program("numpyro"), DATA, num_draws=3, dims=dims, coords={"axis": ["u", "v"]})
+    found = to_arviz(program("numpyro"), DATA, num_draws=40, dims=dims, coords={"axis": ["u", "v"]})
     assert found["posterior"]["z"].dims == ("chain", "draw", "data", "axis")
     assert found["prior_predictive"]["x"].dims == ("chain", "draw", "data", "sensor")
-    assert found["posterior"].sel(axis="v").z.shape == (1, 3, 5)
+    assert found["posterior"].sel(axis="v").z.shape == (1, 40, 5)
 
 
 @pytest.mark.numpyro
@@ -127,16 +152,16 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"dims": {"z": ["data", "pixel"]}}, "dim 'pixel' must have one size everywhere"),
     ]:
         with pytest.raises(InvalidArgument, match=text):
-            to_arviz(program("numpyro"), DATA, **{"num_draws": 3, **wrong})
+            to_arviz(program("numpyro"), DATA, **{"num_draws": 40, **wrong})
     with pytest.raises(InvalidArgument, match="NaN"):
-        to_arviz(program("numpyro"), DATA + [np.nan, 0, 0, 0, 0, 0], num_draws=3)
+        to_arviz(program("numpyro"), np.where(DATA > 1.0, np.nan, DATA), num_draws=3)
 
 
 # --- content ----------------------------------------------------------------------------------------------------
 
 
 def test_every_draw_has_its_own_densities(engine: str) -> None:
-    found = to_arviz(program(engine), DATA, num_draws=40)
+    found = draws(engine)
     z = found["posterior"]["z"].values[0]
     log_lik = stats.norm(z @ MODEL["decoder.weight"].T + MODEL["decoder.bias"], 0.7).logpdf(DATA).sum(axis=-1)
     loc = DATA @ WIDE["encoder.weight"].T + WIDE["encoder.bias"]
@@ -146,13 +171,15 @@ def test_every_draw_has_its_own_densities(engine: str) -> None:
     np.testing.assert_allclose(found["sample_stats"]["log_weight"].values[0], log_weight, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(found["sample_stats"]["pareto_k"], pareto_k(log_weight), rtol=1e-6)
     weight = np.exp(log_weight)
-    np.testing.assert_allclose(found["sample_stats"]["ess"], weight.sum(axis=0) ** 2 / (weight**2).sum(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(
+        found["sample_stats"]["ess"], weight.sum(axis=0) ** 2 / (weight**2).sum(axis=0), rtol=1e-6
+    )
     assert len(np.unique(z)) == z.size
 
 
 def test_draws_have_the_moments_of_their_distributions(engine: str) -> None:
-    found = to_arviz(program(engine), DATA, num_draws=2000)
-    standard_error = 5 / np.sqrt(2000)
+    found = to_arviz(program(engine), DATA, num_draws=1600)
+    standard_error = 5 / np.sqrt(1600)
     z = found["posterior"]["z"].values[0]
     np.testing.assert_allclose(z.mean(axis=0), MEAN + 0.2, atol=0.7 * standard_error)
     np.testing.assert_allclose(z.std(axis=0), np.tile(np.exp(WIDE["encoder_log_scale"]), (5, 1)), rtol=0.1)
@@ -173,12 +200,11 @@ def test_draws_have_the_moments_of_their_distributions(engine: str) -> None:
 
 
 def test_equal_seeds_give_equal_draws(engine: str) -> None:
-    one, two, other = (to_arviz(program(engine), DATA, num_draws=10, seed=s) for s in (4, 4, 5))
+    one, two, other = (to_arviz(program(engine), DATA, num_draws=40, seed=s) for s in (4, 4, 5))
     for group in groups(one) - {"observed_data"}:
         for name, values in one[group].data_vars.items():
             np.testing.assert_array_equal(values, two[group][name])
-            if name not in ("pareto_k",):
-                assert not np.array_equal(values, other[group][name])
+            assert not np.array_equal(values, other[group][name])
 
 
 def test_sites_are_resampled_together_and_apart_from_other_data(engine: str) -> None:
@@ -227,7 +253,11 @@ def test_a_global_latent_is_shared_by_all_data(engine: str) -> None:
     assert mean.mean() == pytest.approx(loc, abs=0.03)
     assert mean.std() == pytest.approx(21**-0.5, rel=0.15)
     z = found["posterior"]["mean"].values[0, :, 0]
-    log_weight = stats.norm(z[:, None], 1).logpdf(data[:, 0]).sum(axis=1) + stats.norm.logpdf(z) - stats.norm(loc, scale).logpdf(z)
+    log_weight = (
+        stats.norm(z[:, None], 1).logpdf(data[:, 0]).sum(axis=1)
+        + stats.norm.logpdf(z)
+        - stats.norm(loc, scale).logpdf(z)
+    )
     np.testing.assert_allclose(found["sample_stats"]["log_weight"].values[0], log_weight, rtol=1e-10)
 
 
@@ -237,9 +267,8 @@ def test_a_draw_is_taken_in_proportion_to_its_weight() -> None:
     chosen = resampled(log_weight, rng)
     assert chosen.shape == (200, 4)
     for n in range(4):
-        wanted = 200 * np.exp(log_weight[:, n]) / np.exp(log_weight[:, n]).sum() if log_weight.min() > -700 else None
-        shifted = np.exp(log_weight[:, n] - log_weight[:, n].max())
-        wanted = 200 * shifted / shifted.sum()
+        weight = np.exp(log_weight[:, n] + 900.0)
+        wanted = 200 * weight / weight.sum()
         count = np.bincount(chosen[:, n], minlength=200)
         assert (np.abs(count - wanted) < 1 + 1e-9).all()
         assert np.abs(np.corrcoef(chosen[:-1, n], chosen[1:, n])[0, 1]) < 0.3  # in no order
@@ -250,22 +279,21 @@ def test_a_draw_is_taken_in_proportion_to_its_weight() -> None:
 
 @pytest.mark.numpyro
 def test_an_impossible_datum_is_refused() -> None:
-    broken = program("numpyro", WIDE | {"decoder.bias": np.full(6, 1e200)})
+    broken = program("numpyro").with_weights(WIDE | {"decoder.bias": np.full(6, 1e200)})
     with pytest.raises(NonFinite, match="data must be possible under the model; got 5 data"):
-        to_arviz(broken, DATA, num_draws=3)
+        to_arviz(broken, DATA, num_draws=2)
 
 
 # --- in ArviZ ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")  # ArviZ 0.23's call of matplotlib 3.11
 def test_arviz_summarises_and_plots_it(engine: str, tmp_path: Path) -> None:
-    found = to_arviz(program(engine), DATA, num_draws=100)
-    some = {"data": [0, 1]}
+    found = draws(engine)
+    some = {"data": ["a", "b"]}
     for group in ("posterior", "posterior_resampled", "prior"):
-        table = arviz.summary(found, group=group, coords=some, round_to="none") if OLD else arviz.summary(
-            found, group=group, coords=some, round_to="none"
-        )
-        assert list(table.index) == ["z[0, 0]", "z[0, 1]", "z[1, 0]", "z[1, 1]"]
+        table = arviz.summary(found, group=group, coords=some, round_to="none")
+        assert list(table.index) == ["z[a, 0]", "z[a, 1]", "z[b, 0]", "z[b, 1]"]
         expected = found[group]["z"].values[0, :, :2].mean(axis=0).ravel()
         np.testing.assert_allclose(table["mean"].to_numpy(dtype=float), expected, rtol=1e-6)
     if OLD:
@@ -273,11 +301,7 @@ def test_arviz_summarises_and_plots_it(engine: str, tmp_path: Path) -> None:
         arviz.plot_trace(found, coords=some)
         arviz.plot_forest(found, coords=some)
         arviz.plot_ppc(found, num_pp_samples=10)
-        figures = [matplotlib.pyplot.figure(n) for n in matplotlib.pyplot.get_fignums()]
-        assert len(figures) == 4
-        for i, figure in enumerate(figures):
-            figure.savefig(tmp_path / f"{i}.png")
-        matplotlib.pyplot.close("all")
+        plots = [pyplot.figure(n) for n in pyplot.get_fignums()]
     else:
         plots = [
             arviz.plot_dist(found, coords=some, group="posterior_resampled"),
@@ -286,14 +310,16 @@ def test_arviz_summarises_and_plots_it(engine: str, tmp_path: Path) -> None:
             arviz.plot_ppc_dist(found, num_samples=10),
             arviz.plot_prior_posterior(found, coords=some),
         ]
-        for i, plot in enumerate(plots):
-            plot.savefig(tmp_path / f"{i}.png")
-        matplotlib.pyplot.close("all")
-    assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
+    for i, plot in enumerate(plots):
+        plot.savefig(tmp_path / f"{i}.png")
+    pyplot.close("all")
+    sizes = [path.stat().st_size for path in tmp_path.glob("*.png")]
+    assert len(sizes) == (4 if OLD else 5)
+    assert min(sizes) > 5000
 
 
 def test_it_survives_a_file(engine: str, tmp_path: Path) -> None:
-    found = to_arviz(program(engine), DATA, num_draws=10, coords={"data": list("abcde")})
+    found = draws(engine)
     found.to_netcdf(str(tmp_path / "draws.nc"))
     read = arviz.from_netcdf(str(tmp_path / "draws.nc"))
     assert groups(read) == groups(found)
@@ -305,5 +331,4 @@ def test_it_survives_a_file(engine: str, tmp_path: Path) -> None:
                 np.testing.assert_array_equal(read[group].coords[dim], found[group].coords[dim])
         assert dict(read[group].attrs) == dict(found[group].attrs)
     assert dict(read.attrs) == dict(found.attrs)
-    if not OLD:
-        read.close()
+    read.close()

@@ -1,7 +1,7 @@
 """Importance-sampled likelihoods, against closed forms of a linear-Gaussian model and sums over a table of weights.
 
-Oracles are SciPy and NumPy: the exact marginal and KL, a plain logsumexp over all draws at once, and for Pareto k̂ samples
-of known k and ArviZ's own.
+Oracles are SciPy and NumPy: the exact marginal and KL, a plain logsumexp over all draws at once, and for Pareto k̂
+samples of known k and ArviZ's own.
 """
 
 from __future__ import annotations
@@ -64,9 +64,14 @@ def library(engine: str) -> tuple[Any, Any, Any]:
 
 
 def linear_gaussian(
-    engine: str, covariance: np.ndarray, shift: float = 0.0, weight: np.ndarray = WEIGHT, diagonal: bool = False, plate: bool = True
+    engine: str,
+    covariance: np.ndarray,
+    shift: float = 0.0,
+    weight: np.ndarray = WEIGHT,
+    diagonal: bool = False,
+    plate: bool = True,
 ) -> Any:
-    """``z ~ N(0, I), x | z ~ N(W z + b, s2 I)`` as a user writes it; the guide is ``N(A (x - b) + shift, covariance)``."""
+    """``z ~ N(0, I), x | z ~ N(W z + b, s2 I)`` as a user writes it; the guide ``N(A (x - b) + shift, covariance)``."""
     library_, dist, array = library(engine)
     w, b, a, root = array(weight), array(BIAS), array(posterior(weight)[0]), array(np.linalg.cholesky(covariance))
     zeros, scale = array(np.zeros(weight.shape[1])), array(np.sqrt(np.diag(covariance)))
@@ -83,7 +88,9 @@ def linear_gaussian(
     def guide(x: Any) -> None:
         loc = (x - b) @ a.T + shift
         with rows(x):
-            library_.sample("z", dist.Normal(loc, scale).to_event(1) if diagonal else dist.MultivariateNormal(loc, scale_tril=root))
+            library_.sample(
+                "z", dist.Normal(loc, scale).to_event(1) if diagonal else dist.MultivariateNormal(loc, scale_tril=root)
+            )
 
     return wrap(engine, model, guide)
 
@@ -272,8 +279,13 @@ def test_a_global_latent_makes_one_joint_weight(engine: str) -> None:
 # --- streaming --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_particles", "batch_size", "memory_limit"), [(400, None, 2**28), (400, 3, 2**28), (401, 7, 20_000), (60, 1, 1), (1, 2, 2**28)])
-def test_streamed_sums_are_the_sums_over_all_draws(num_particles: int, batch_size: int | None, memory_limit: int) -> None:
+@pytest.mark.parametrize(
+    ("num_particles", "batch_size", "memory_limit"),
+    [(400, None, 2**28), (400, 3, 2**28), (401, 7, 20_000), (60, 1, 1), (1, 2, 2**28)],
+)
+def test_streamed_sums_are_the_sums_over_all_draws(
+    num_particles: int, batch_size: int | None, memory_limit: int
+) -> None:
     table = Tabled(num_particles, num_data=10)
     found = evaluate(table, table.data, num_particles=num_particles, batch_size=batch_size, memory_limit=memory_limit)
     log_weight = table.log_weight
@@ -291,7 +303,9 @@ def test_streamed_sums_are_the_sums_over_all_draws(num_particles: int, batch_siz
         assert found.activity == {}
         return
     relative = weight / weight.mean(axis=0)  # delta method: Var(log mean w) = Var(w / mean w) / K
-    assert found.nll_mc_se == pytest.approx(math.sqrt(relative.var(axis=0, ddof=1).sum() / num_particles) / 10, rel=1e-8)
+    assert found.nll_mc_se == pytest.approx(
+        math.sqrt(relative.var(axis=0, ddof=1).sum() / num_particles) / 10, rel=1e-8
+    )
     mean, noise = table.z.mean(axis=0), table.z.var(axis=0, ddof=1).mean(axis=0) / num_particles
     np.testing.assert_allclose(found.activity["z"], mean.var(axis=0, ddof=1) - noise, rtol=1e-10)
 
@@ -391,8 +405,14 @@ def test_bad_arguments_are_refused() -> None:
         (np.zeros((0, 3)), r"data must hold at least one datum; got shape \(0, 3\)"),
         (np.float64(1.0), "data must hold at least one datum"),
         ((), "data must hold at least one array"),
-        (np.array([[0.0, np.nan], [np.nan, 1.0]]), r"data must be finite everywhere; got NaN at data\[0, 1\] \(2 not finite in all\)"),
-        ((np.zeros((2, 1)), np.array([1.0, np.inf])), r"data\[1\] must be finite everywhere; got inf at data\[1\]\[1\]"),
+        (
+            np.array([[0.0, np.nan], [np.nan, 1.0]]),
+            r"data must be finite everywhere; got NaN at data\[0, 1\] \(2 not finite in all\)",
+        ),
+        (
+            (np.zeros((2, 1)), np.array([1.0, np.inf])),
+            r"data\[1\] must be finite everywhere; got inf at data\[1\]\[1\]",
+        ),
         ((np.zeros((2, 1)), np.zeros(3)), r"data\[1\] must have the 2 rows of data\[0\]; got 3"),
         (np.array(["a"]), "data must be an array of numbers"),
     ],
@@ -491,7 +511,7 @@ def test_k_hat_is_arviz_s() -> None:
     if arviz.__version__.startswith("0."):
         expected = [arviz.psislw(column.copy())[1] for column in log_weight.T]
     else:  # from 1.0 on it takes the logarithm of 1 / w
-        from arviz_stats.base import array_stats
+        from arviz_stats.base import array_stats  # pyright: ignore[reportMissingImports]
 
         expected = [array_stats.psislw(-column)[1] for column in log_weight.T]
     np.testing.assert_allclose(pareto_k(log_weight), np.ravel(expected), rtol=1e-9)

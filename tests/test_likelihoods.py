@@ -111,7 +111,7 @@ def test_continuous_bernoulli(engine: str, logit: float) -> None:
     log_norm = peak + np.log(integrate.quad(lambda x: np.exp(logit * x - peak), 0, 1, epsabs=0, epsrel=1e-13)[0])
     x = np.array([0.0, 0.1, 0.5, 1.0])
     d = evaluate(engine, ContinuousBernoulli(), np.full((4, 1), logit))
-    np.testing.assert_allclose(d.log_prob(x[:, None]), logit * x - log_norm, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(d.log_prob(x[:, None]), logit * x - log_norm, rtol=1e-13, atol=1e-13)
     # An exponential family: the gradient in the logit is x - E[x], and the mean's derivative is the variance.
     mean = continuous_bernoulli_mean(logit)
     np.testing.assert_allclose(d.mean, mean, rtol=1e-11)

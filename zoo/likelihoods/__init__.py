@@ -75,7 +75,7 @@ class ContinuousBernoulli(Likelihood):
     Shapes: outputs (..., data_dim), x (..., data_dim). Units: nats (of a density). Support: [0, 1].
 
     References:
-        Loaiza-Ganem & Cunningham 2019, The continuous Bernoulli, arXiv 1907.06845, eqs. 5-7 (with
+        Loaiza-Ganem & Cunningham 2019, The continuous Bernoulli, arXiv 1907.06845 (with
         ``lambda = sigmoid(l)``).
 
     Example:
@@ -141,7 +141,7 @@ class DiscretizedLogistic(Likelihood):
 
     References:
         Salimans, Karpathy, Chen & Kingma 2017, PixelCNN++, arXiv 1701.05517, eq. 2 with one component; Kingma et al.
-        2016, arXiv 1606.04934, appendix.
+        2016, arXiv 1606.04934.
 
     Example:
         >>> DiscretizedLogistic(levels=5).check(np.array([0.0, 0.25]))

@@ -83,7 +83,7 @@ class ContinuousBernoulliLogits(dist.Distribution):
         far = jnp.where(near, 1.0, u)  # keeps the branch not taken from giving NaN gradients
         exact = far + jnp.log(-jnp.expm1(-2 * far)) - jnp.log(2 * far)
         square = jnp.where(near, u, 0.0) ** 2
-        series = square / 6 - square**2 / 180 + square**3 / 2835 - square**4 / 37800 + square**5 / 467775
+        series = square / 6 - square**2 / 180 + square**3 / 2835 - square**4 / 37800
         return self.logits * (value - 0.5) - jnp.where(near, series, exact)
 
     @property
@@ -91,7 +91,7 @@ class ContinuousBernoulliLogits(dist.Distribution):
         u = self.logits / 2
         near = jnp.abs(u) < 0.1
         far = jnp.where(near, 1.0, u)
-        series = u / 3 - u**3 / 45 + 2 * u**5 / 945 - u**7 / 4725 + 2 * u**9 / 93555
+        series = u / 3 - u**3 / 45 + 2 * u**5 / 945 - u**7 / 4725
         return 0.5 + jnp.where(near, series, 1 / jnp.tanh(far) - 1 / far) / 2
 
     @property
@@ -100,7 +100,7 @@ class ContinuousBernoulliLogits(dist.Distribution):
         near = u < 0.1
         far = jnp.where(near, 1.0, u)
         csch_squared = 4 * jnp.exp(-2 * far) / jnp.expm1(-2 * far) ** 2
-        series = 1 / 3 - u**2 / 15 + 2 * u**4 / 189 - u**6 / 675 + 2 * u**8 / 10395
+        series = 1 / 3 - u**2 / 15 + 2 * u**4 / 189 - u**6 / 675
         return jnp.where(near, series, 1 / far**2 - csch_squared) / 4
 
 

@@ -90,7 +90,7 @@ class ContinuousBernoulliLogits(TorchDistribution):
         far = torch.where(near, torch.ones_like(u), u)  # keeps the branch not taken from giving NaN gradients
         exact = far + torch.log(-torch.expm1(-2 * far)) - torch.log(2 * far)
         square = torch.where(near, u, torch.zeros_like(u)) ** 2
-        series = square / 6 - square**2 / 180 + square**3 / 2835 - square**4 / 37800 + square**5 / 467775
+        series = square / 6 - square**2 / 180 + square**3 / 2835 - square**4 / 37800
         return self.logits * (value - 0.5) - torch.where(near, series, exact)
 
     @property
@@ -98,7 +98,7 @@ class ContinuousBernoulliLogits(TorchDistribution):
         u = self.logits / 2
         near = u.abs() < 0.1
         far = torch.where(near, torch.ones_like(u), u)
-        series = u / 3 - u**3 / 45 + 2 * u**5 / 945 - u**7 / 4725 + 2 * u**9 / 93555
+        series = u / 3 - u**3 / 45 + 2 * u**5 / 945 - u**7 / 4725
         return 0.5 + torch.where(near, series, 1 / torch.tanh(far) - 1 / far) / 2
 
     @property
@@ -107,7 +107,7 @@ class ContinuousBernoulliLogits(TorchDistribution):
         near = u < 0.1
         far = torch.where(near, torch.ones_like(u), u)
         csch_squared = 4 * torch.exp(-2 * far) / torch.expm1(-2 * far) ** 2
-        series = 1 / 3 - u**2 / 15 + 2 * u**4 / 189 - u**6 / 675 + 2 * u**8 / 10395
+        series = 1 / 3 - u**2 / 15 + 2 * u**4 / 189 - u**6 / 675
         return torch.where(near, series, 1 / far**2 - csch_squared) / 4
 
 

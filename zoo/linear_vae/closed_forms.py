@@ -7,8 +7,8 @@ A direction carries information exactly when ``l_i > theta``. All functions take
 the latents can serve (the ``latent_dim`` largest) as an array of any shape and work entry by entry, in float64.
 
 References:
-    Tipping & Bishop 1999, Probabilistic principal component analysis, J. R. Stat. Soc. B 61, eqs. 7, 8, 13;
-    Lucas, Tucker, Grosse & Norouzi 2019, Don't blame the ELBO!, arXiv 1911.02469, sections 3-4; Cover & Thomas 2006,
+    Tipping & Bishop 1999, Probabilistic principal component analysis, J. R. Stat. Soc. B 61, section 3.2;
+    Lucas, Tucker, Grosse & Norouzi 2019, Don't blame the ELBO!, arXiv 1911.02469, theorem 1; Cover & Thomas 2006,
     Elements of Information Theory, theorem 10.3.3 (reverse water-filling).
 """
 
@@ -93,7 +93,7 @@ def learned_variance(eigenvalues: ArrayLike, latent_dim: int) -> float:
         latent_dim: number of directions kept, the largest.
 
     Returns:
-        s2 in squared units of x (Tipping & Bishop 1999, eq. 8).
+        s2 in squared units of x (Tipping & Bishop 1999, section 3.2).
 
     Raises:
         InvalidArgument: no eigenvalue is discarded, so that the bound has no maximum in s2.

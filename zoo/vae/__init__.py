@@ -41,7 +41,7 @@ class VAE(Spec):
 
     References:
         Kingma & Welling 2014, Auto-encoding variational Bayes, arXiv 1312.6114; Rezende, Mohamed & Wierstra 2014,
-        arXiv 1401.4082; Burda, Grosse & Salakhutdinov 2015, arXiv 1509.00519, section 5 and appendix D.
+        arXiv 1401.4082; Burda, Grosse & Salakhutdinov 2015, arXiv 1509.00519, section 5.
 
     Example:
         >>> spec = VAE(data_dim=64, latent_dim=8, network=MLP(hidden=(32,)))

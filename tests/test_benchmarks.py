@@ -1,0 +1,38 @@
+"""Every benchmark script runs at a small size, and the docs' tables are what the committed results give."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_SCRIPTS = {"__init__", "datasets", "records", "tables"}
+SMOKE = ["iwae_mnist", "overhead"]
+
+
+def test_every_script_has_a_smoke_row() -> None:
+    scripts = {p.stem for p in (ROOT / "benchmarks").glob("*.py")} - NOT_SCRIPTS
+    assert scripts == set(SMOKE)
+
+
+@pytest.mark.pyro
+@pytest.mark.numpyro
+@pytest.mark.parametrize("name", SMOKE)
+def test_smoke(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, f"benchmarks/{name}.py", "--smoke", "--results", str(tmp_path / f"{name}.json")]
+    if name == "iwae_mnist":
+        command += ["--checkpoints", str(tmp_path / "checkpoints")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / f"smoke_{name}.json").read_text())
+    assert record["cells"] and record["checks"] and record["versions"] and record["machine"]["cpu"]
+
+
+def test_tables_are_generated_from_the_results() -> None:
+    from elbozoo.benchmarks.tables import PAGE, page
+
+    assert PAGE.read_text() == page(), "run python benchmarks/tables.py"

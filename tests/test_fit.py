@@ -1,0 +1,547 @@
+"""``fit``: what it computes, what it leaves alone, and that equal seeds give equal bits.
+
+The programs that know nothing of elbozoo are in ``programs.py``. Training of ``location`` is known exactly (its gradient has
+no noise), so both engines are held against Adam and SGD written out in NumPy here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from compile_once import compile_once  # noqa: F401
+from programs import data, program
+from sklearn.datasets import load_digits
+
+from elbozoo.inference import ELBO, IWAE, Adam, AnnealedKL, Beta, FreeBits, Run, fit
+from elbozoo.inference.storage import load_arrays, save_json
+from elbozoo.inference.training import batches, prepare, to_config
+from elbozoo.zoo import MLP, VAE, LinearVAE
+
+DIGITS = load_digits().images[:100] / 16.0  # (N, 8, 8), grey
+SPEC = VAE(data_dim=64, latent_dim=3, network=MLP(hidden=(6,)))
+LINEAR = LinearVAE(data_dim=3, latent_dim=2, scale=0.5)
+ENGINES = ("numpyro", "pyro")
+
+
+def digits(engine: str, spec: Any = SPEC, **options: Any) -> Any:
+    """A short training with everything that is random in it: weights, order, pixels, latents."""
+    defaults = {"objective": AnnealedKL(IWAE(2), warmup=2.0), "epochs": 3, "batch_size": 32, "learning_rate": 0.01}
+    defaults |= {"binarize": "stochastic", "progress": False}
+    return fit(getattr(spec, engine)(), options.pop("data", DIGITS), **(defaults | options))
+
+
+def quick(engine: str, name: str = "location", **options: Any) -> Any:
+    defaults = {"epochs": 3, "batch_size": 16, "learning_rate": 0.1, "progress": False}
+    return fit(options.pop("program", None) or program(engine, name), options.pop("data", data()), **(defaults | options))
+
+
+def same_weights(a: Any, b: Any) -> bool:
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and np.array_equal(a[n], b[n]) for n in a)
+
+
+def same_history(a: Run, b: Run) -> bool:
+    drop = [[{k: v for k, v in row.items() if k != "seconds"} for row in run.history] for run in (a, b)]
+    return drop[0] == drop[1]
+
+
+# --- order of the data --------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_visits_data_once_and_another_rest_sits_out() -> None:
+    epochs = [batches(seed=3, epoch=e, num_data=25, batch_size=8) for e in range(200)]
+    for order in epochs:
+        assert order.shape == (3, 8)
+        assert len(np.unique(order)) == 24
+        assert 0 <= order.min()
+        assert order.max() <= 24
+    left_out = np.bincount([25 * 24 // 2 - order.sum() for order in epochs], minlength=25)
+    assert left_out.min() > 0, "some datum is never, or always, left out"
+    assert left_out.max() < 25
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    one = batches(0, 0, 50, 10)
+    np.testing.assert_array_equal(one, batches(0, 0, 50, 10))
+    assert not np.array_equal(one, batches(0, 1, 50, 10))
+    assert not np.array_equal(one, batches(1, 0, 50, 10))
+    assert batches(0, 0, 7, 100).shape == (1, 7)
+
+
+# --- the steps themselves, against NumPy ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decay:
+    """A learning rate that falls as 1/t; plain arithmetic, so that JAX traces it too."""
+
+    start: float = 0.5
+    over: float = 5.0
+
+    def __call__(self, step: Any) -> Any:
+        return self.start / (1.0 + step / self.over)
+
+
+def by_hand(update: Callable[[np.ndarray, int], np.ndarray], epochs: int = 3, batch: int = 16, seed: int = 0) -> np.ndarray:
+    """Maximise ``mean log N(x; mu, 1)`` with the documented minibatches; ``update(gradient of the loss, step)``."""
+    x, mu, step = data(), np.zeros(3), 0
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(x))
+        for start in range(0, len(x) // batch * batch, batch):
+            mu = mu + update(mu - x[order[start : start + batch]].mean(axis=0), step)
+            step += 1
+    return mu
+
+
+def adam_by_hand(rate: Callable[[int], float], clip: float | None = None) -> Callable[[np.ndarray, int], np.ndarray]:
+    """Kingma & Ba 2015, algorithm 1."""
+    state = {"m": 0.0, "v": 0.0}
+
+    def update(gradient: np.ndarray, step: int) -> np.ndarray:
+        if clip is not None:
+            gradient = gradient * min(1.0, clip / float(np.linalg.norm(gradient)))
+        state["m"] = 0.9 * state["m"] + 0.1 * gradient
+        state["v"] = 0.999 * state["v"] + 0.001 * gradient**2
+        m, v = state["m"] / (1 - 0.9 ** (step + 1)), state["v"] / (1 - 0.999 ** (step + 1))
+        return -rate(step) * m / (np.sqrt(v) + 1e-8)
+
+    return update
+
+
+def plain_sgd(engine: str) -> Any:
+    if engine == "pyro":
+        import torch
+
+        return lambda params: torch.optim.SGD(params, lr=0.2)
+    import optax
+
+    return optax.sgd(0.2)
+
+
+OPTIMIZERS: dict[str, tuple[Callable[[str], dict[str, Any]], Callable[[], Any], float]] = {
+    "adam": (lambda e: {"learning_rate": 0.1}, lambda: adam_by_hand(lambda step: 0.1), 1e-12),
+    "adam with a decaying rate": (lambda e: {"learning_rate": Decay()}, lambda: adam_by_hand(Decay()), 1e-12),
+    # torch divides by the norm plus 1e-6
+    "adam, clipped": (lambda e: {"optimizer": Adam(0.1, clip_norm=0.2)}, lambda: adam_by_hand(lambda step: 0.1, 0.2), 1e-5),
+    "the library's own": (lambda e: {"optimizer": plain_sgd(e)}, lambda: lambda gradient, step: -0.2 * gradient, 1e-12),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_both_engines_take_the_steps_that_numpy_takes(engine: str, name: str) -> None:
+    """Same minibatches, same order, same optimiser: a wrong seed, order or step count would show."""
+    options, update, tolerance = OPTIMIZERS[name]
+    run = quick(engine, **options(engine))
+    np.testing.assert_allclose(run.weights["mu"], by_hand(update()), rtol=tolerance, atol=tolerance)
+
+
+def test_history_is_the_mean_over_the_steps(engine: str) -> None:
+    """Of the bound before each update; here ``mean log N(x; mu, 1)`` on the minibatch, with gradient ``mean(x) - mu``."""
+    seen: list[tuple[float, float]] = []
+    x = data()
+
+    def record(epoch: int) -> Callable[[np.ndarray, int], np.ndarray]:
+        return lambda gradient, step: -0.2 * gradient
+
+    mu, rows = np.zeros(3), []
+    for epoch in range(2):
+        seen.clear()
+        for index in batches(0, epoch, len(x), 16):
+            batch = x[index]
+            bound = -0.5 * ((batch - mu) ** 2).sum(axis=1).mean() - 1.5 * np.log(2 * np.pi)
+            seen.append((bound, float(np.linalg.norm(mu - batch.mean(axis=0)))))
+            mu = mu + 0.2 * (batch.mean(axis=0) - mu)
+        rows.append(np.mean(seen, axis=0))
+    run = quick(engine, optimizer=plain_sgd(engine), epochs=2)
+    found = [(row["bound"], row["grad_norm"]) for row in run.history]
+    np.testing.assert_allclose(found, rows, rtol=1e-12)
+    assert [(row["epoch"], row["step"]) for row in run.history] == [(1, 3), (2, 6)]
+    assert all(row["rate"] == pytest.approx(0.0, abs=1e-12) for row in run.history)
+    assert all(row["distortion"] == pytest.approx(-row["bound"], rel=1e-12) for row in run.history)
+
+
+def test_held_out_bound_is_the_bound_on_all_of_the_held_out_data(engine: str) -> None:
+    """70 data in batches of 16: the last batch is smaller and weighs less."""
+    valid = data(70, seed=5)
+    run = quick(engine, optimizer=plain_sgd(engine), valid=valid)
+    for epochs, row in enumerate(run.history, start=1):
+        mu = by_hand(lambda gradient, step: -0.2 * gradient, epochs)
+        exact = -0.5 * ((valid - mu) ** 2).sum(axis=1).mean() - 1.5 * np.log(2 * np.pi)
+        assert row["valid_bound"] == pytest.approx(exact, rel=1e-12)
+
+
+def test_early_stopping_counts_epochs_since_the_best(engine: str) -> None:
+    """``mu`` climbs from 0 past the held-out mean to the training mean: the held-out bound rises, then falls."""
+    options = {"data": data() + 4.0, "learning_rate": 0.1, "batch_size": 60, "epochs": 60, "valid": data()}
+    bounds = [row["valid_bound"] for row in quick(engine, **options).history]
+    best = int(np.argmax(bounds))
+    assert 3 < best < 40
+    for patience in (1, 4):
+        run = quick(engine, **options, early_stopping=patience)
+        assert [row["valid_bound"] for row in run.history] == bounds[: best + patience + 1]
+
+
+# --- seeds, state, repeatability ----------------------------------------------------------------------------------
+
+
+def test_equal_seeds_give_equal_bits_and_others_do_not(engine: str) -> None:
+    one, two, other = digits(engine, seed=3), digits(engine, seed=3), digits(engine, seed=4)
+    assert same_weights(one.weights, two.weights)
+    assert same_history(one, two)
+    for name in one.weights:
+        assert not np.array_equal(one.weights[name], other.weights[name]), name
+
+
+def test_held_out_data_do_not_touch_training(engine: str) -> None:
+    without, beside = digits(engine), digits(engine, valid=DIGITS[:40])
+    assert same_weights(without.weights, beside.weights)
+    batch_norm = [quick(engine, "batch_norm", valid=v) for v in (None, data(20, 9))]
+    assert same_weights(*(run.weights for run in batch_norm))
+
+
+def test_progress_and_checkpoints_do_not_touch_training(engine: str, tmp_path: Path) -> None:
+    plain, watched = digits(engine), digits(engine, directory=tmp_path, progress=True)
+    assert same_weights(plain.weights, watched.weights)
+    assert same_history(plain, watched)
+
+
+@pytest.mark.pyro
+def test_pyro_leaves_no_trace() -> None:
+    """The user's modules, the global parameter store, and every global random state."""
+    import pyro
+    import torch
+
+    pyro.param("mine", torch.ones(2))
+    user = program("pyro", "batch_norm")
+    user.model.eval()
+    x = torch.as_tensor(data())
+    modules = (user.model, user.guide)
+    before = [{n: v.clone() for n, v in m.state_dict().items()} for m in modules]
+    states = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+    quick("pyro", program=user, data=x, objective=IWAE(2), valid=x[:7])
+    quick("pyro", "functions")
+    digits("pyro", epochs=1, valid=DIGITS[:5])
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+    assert list(pyro.get_param_store().keys()) == ["mine"]
+    assert torch.equal(pyro.param("mine"), torch.ones(2))
+    for module, state in zip(modules, before, strict=True):
+        assert state.keys() == module.state_dict().keys()
+        assert all(torch.equal(v, module.state_dict()[n]) for n, v in state.items())
+        assert all(p.grad is None and p.requires_grad for p in module.parameters())
+    assert not any(m.training for m in user.model.modules())
+    assert all(m.training for m in user.guide.modules())
+    assert user.store == {"params": {}, "constraints": {}}
+
+
+@pytest.mark.numpyro
+def test_numpyro_leaves_no_trace() -> None:
+    import jax
+
+    user = program("numpyro", "batch_norm")
+    states = (np.random.get_state()[1].tolist(), random.getstate())
+    run = quick("numpyro", program=user)
+    assert (user.params, user.mutable) == (None, None)
+    trained = jax.tree.map(np.array, (run.program.params, run.program.mutable))
+    further = quick("numpyro", program=run.program)
+    assert states == (np.random.get_state()[1].tolist(), random.getstate())
+    for mine, now in zip(jax.tree.leaves(trained), jax.tree.leaves((run.program.params, run.program.mutable)), strict=True):
+        np.testing.assert_array_equal(mine, np.asarray(now))
+    assert not same_weights(run.weights, further.weights)
+
+
+@pytest.mark.numpyro
+def test_nothing_is_traced_again_after_the_first_epoch() -> None:
+    """A count of Python calls of the model: as many for one epoch as for four."""
+    pytest.importorskip("jax")
+    from elbozoo.inference.numpyro_engine import Program
+
+    counts = []
+    for epochs in (1, 4):
+        user, calls = program("numpyro", "functions"), []
+
+        def counted(x: Any, model: Any = user.model_fn, calls: list[int] = calls) -> None:
+            calls.append(len(x))
+            model(x)
+
+        quick("numpyro", program=Program(counted, user.guide_fn), epochs=epochs, objective=IWAE(2), valid=data(40))
+        counts.append(calls)
+    assert counts[0] == counts[1]
+    assert len(counts[0]) > 0
+
+
+# --- replicates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("binarize", ["stochastic", "static"])
+def test_replicates_are_single_runs_with_the_next_seeds(engine: str, binarize: str) -> None:
+    together = digits(engine, seed=5, replicates=2, valid=DIGITS[:20], binarize=binarize)
+    for r, run in enumerate(together):
+        alone = digits(engine, seed=5 + r, valid=DIGITS[:20], binarize=binarize)
+        assert run.config["seed"] == 5 + r
+        tolerance = {"rtol": 0.0, "atol": 0.0 if engine == "pyro" else 1e-8}
+        for name, value in alone.weights.items():
+            np.testing.assert_allclose(run.weights[name], value, err_msg=name, **tolerance)
+        for row, other in zip(run.history, alone.history, strict=True):
+            assert row.keys() == other.keys()
+            np.testing.assert_allclose(*([v for k, v in h.items() if k != "seconds"] for h in (row, other)), **tolerance)
+    assert not same_weights(together[0].weights, together[1].weights)
+
+
+def test_one_replicate_is_a_list_of_one(engine: str) -> None:
+    (run,) = quick(engine, replicates=1)
+    assert same_weights(run.weights, quick(engine).weights)
+
+
+# --- what comes out -----------------------------------------------------------------------------------------------
+
+
+def test_every_parameter_moves_and_stays_finite(engine: str) -> None:
+    one, two = digits(engine, epochs=1), digits(engine, epochs=2)
+    for name, value in two.weights.items():
+        assert np.isfinite(value).all(), name
+        assert not np.array_equal(value, one.weights[name]), name
+
+
+BASE_KEYS = {"epoch", "step", "bound", "distortion", "rate", "kl_z", "grad_norm", "seconds"}
+KEYS = {
+    "plain": ({"objective": ELBO()}, set()),
+    "held out": ({"objective": ELBO(), "valid": DIGITS[:20]}, {"valid_bound"}),
+    "annealed": ({"objective": AnnealedKL(ELBO(), warmup=2.0)}, {"shaped_bound", "beta"}),
+    "nested": ({"objective": AnnealedKL(FreeBits(ELBO(), 0.1), warmup=2.0)}, {"shaped_bound", "beta", "free_bits"}),
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_history_has_one_row_an_epoch_with_these_keys(engine: str, case: str) -> None:
+    options, more = KEYS[case]
+    run = digits(engine, **options)
+    assert len(run.history) == 3
+    for row in run.history:
+        assert set(row) == BASE_KEYS | more
+        assert row["bound"] == pytest.approx(-row["rate"] - row["distortion"], rel=1e-12)
+        assert row["rate"] == pytest.approx(row["kl_z"], rel=1e-12)
+        assert row["grad_norm"] > 0
+        assert row["seconds"] > 0
+    if case == "annealed":  # 100 data in batches of 32: 3 steps an epoch, a warm-up of 6; β where the epoch ends
+        np.testing.assert_allclose([row["beta"] for row in run.history], [2 / 6, 5 / 6, 1.0], rtol=1e-12)
+
+
+def test_shaped_bound_is_what_is_climbed(engine: str) -> None:
+    run = digits(engine, objective=Beta(ELBO(), 0.25), batch_size=100)
+    for row in run.history:
+        assert row["shaped_bound"] == pytest.approx(-0.25 * row["rate"] - row["distortion"], rel=1e-12)
+        assert row["beta"] == 0.25
+
+
+def test_training_climbs(engine: str) -> None:
+    """From the initial bound by more than the noise of a held-out bound: here nats, there hundredths."""
+    run = digits(engine, epochs=12, batch_size=20, valid=DIGITS, objective=ELBO())
+    assert run.history[-1]["valid_bound"] > run.history[0]["valid_bound"] + 3.0
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_flattened(engine: str) -> None:
+    assert same_weights(digits(engine).weights, digits(engine, data=DIGITS.reshape(-1, 64)).weights)
+
+
+def test_eight_bit_pixels_and_booleans_are_numbers(engine: str) -> None:
+    white = DIGITS > 0.5
+    runs = [digits(engine, data=white.astype(kind), binarize="none", epochs=1) for kind in (bool, np.uint8, float)]
+    assert same_weights(runs[0].weights, runs[1].weights)
+    assert same_weights(runs[0].weights, runs[2].weights)
+
+
+def test_binarisations() -> None:
+    user, x = SPEC.numpyro(), np.tile(DIGITS.reshape(-1, 64), (40, 1))
+    (threshold,), (static,), (again,) = (prepare(user, x, how) for how in ("threshold", "static", "static"))
+    np.testing.assert_array_equal(threshold, x > 0.5)
+    np.testing.assert_array_equal(static, again)
+    assert set(np.unique(static)) == {0.0, 1.0}
+    np.testing.assert_array_equal(static[:3], prepare(user, x[:3], "static")[0])
+    drawn = static.reshape(40, -1).mean(axis=0) - x[:100].ravel()  # 40 draws of each pixel
+    assert abs(drawn.mean()) < 4 * np.sqrt((x[:100] * (1 - x[:100])).sum() / 40) / 6400
+
+
+def test_redrawn_pixels_differ_from_step_to_step(engine: str) -> None:
+    """Under "static" the second epoch sees the first's pixels, in one full batch: the bound of a frozen program stays."""
+    still = {"objective": ELBO(), "batch_size": 100, "learning_rate": 1e-12, "spec": SPEC}
+    static, redrawn = (digits(engine, binarize=how, **still).history for how in ("static", "stochastic"))
+    spread = [np.ptp([row["distortion"] for row in rows]) for rows in (static, redrawn)]
+    assert spread[1] > 2.0 * spread[0] > 0.0  # the latents' noise alone, and the pixels' with it
+
+
+def test_a_tuple_of_arrays_goes_to_model_and_guide(engine: str) -> None:
+    x = data()
+    y = x @ [1.0, -2.0, 0.5]
+    run = quick(engine, "regression", data=(x, y), epochs=150, learning_rate=0.05, batch_size=60)
+    np.testing.assert_allclose(run.weights["weight"], [1.0, -2.0, 0.5], atol=0.3)  # regressed on noise of variance 2
+    assert run.evaluate((x, y), num_particles=20).num_data == 60
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it(engine: str) -> None:
+    assert same_weights(quick(engine, batch_size=10**6).weights, quick(engine, batch_size=60).weights)
+    assert quick(engine, batch_size=10**6).history[-1]["step"] == 3
+
+
+@pytest.mark.pyro
+def test_weights_have_torch_s_default_float() -> None:
+    import torch
+
+    torch.set_default_dtype(torch.float32)
+    run = digits("pyro")
+    assert {v.dtype for v in run.weights.values()} == {np.dtype(np.float32)}
+    torch.set_default_dtype(torch.float64)
+    assert {v.dtype for v in digits("pyro").weights.values()} == {np.dtype(np.float64)}
+
+
+@pytest.mark.numpyro
+def test_weights_have_jax_s_default_float() -> None:
+    import jax
+
+    with jax.enable_x64(False):
+        run = digits("numpyro")
+        assert {v.dtype for v in run.weights.values()} == {np.dtype(np.float32)}
+    assert {v.dtype for v in digits("numpyro").weights.values()} == {np.dtype(np.float64)}
+
+
+# --- going on, saving, loading ------------------------------------------------------------------------------------
+
+
+def test_a_trained_program_goes_on_from_its_weights(engine: str) -> None:
+    first = digits(engine)
+    before = {n: v.copy() for n, v in first.weights.items()}
+    still = digits(engine, learning_rate=1e-12)  # the same seed, from new initial weights
+    on = fit(first.program, DIGITS, epochs=1, batch_size=32, learning_rate=1e-12, binarize="stochastic", progress=False)
+    assert same_weights(before, first.weights)
+    for name, value in on.weights.items():
+        np.testing.assert_allclose(value, before[name], atol=1e-10, err_msg=name)
+    name = "decoder.layers.0.weight"
+    assert np.abs(still.weights[name] - before[name]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["functions", "modules", "batch_norm"])
+def test_programs_of_the_user_s_own(engine: str, name: str, tmp_path: Path) -> None:
+    run = quick(engine, name, epochs=20, learning_rate=0.02, objective=IWAE(2), directory=tmp_path)
+    assert run.history[-1]["bound"] > run.history[0]["bound"] + 0.3
+    assert all(np.isfinite(v).all() for v in run.weights.values())
+    back = Run.load(tmp_path, program(engine, name), data()[:2])
+    assert same_weights(run.weights, back.weights)
+    found = [r.evaluate(data(), num_particles=20) for r in (run, back, run)]
+    assert found[0].nll == found[1].nll == found[2].nll
+
+
+@pytest.mark.parametrize("name", ["functions", "modules"])
+def test_constrained_parameters_stay_in_their_sets(engine: str, name: str) -> None:
+    """The scale starts at 2 and wants to be near 0.5; steps of 0.4 would carry it below 0 without the constraint."""
+    run = quick(engine, name, epochs=30, learning_rate=0.4)
+    scale = run.program.predict((feed(engine, data()),), num_particles=1)
+    assert np.isfinite(scale["observed"]["x"]).all()
+    if engine == "numpyro" or name == "modules":
+        assert np.isfinite(run.evaluate(data(), num_particles=10).nll)
+    if engine == "numpyro":
+        assert 0.0 < run.program.params["scale"] < 1.5
+
+
+def feed(engine: str, x: np.ndarray) -> Any:
+    if engine == "numpyro":
+        return x
+    import torch
+
+    return torch.as_tensor(x)
+
+
+@pytest.mark.pyro
+def test_trained_torch_modules_are_in_evaluation_mode() -> None:
+    """So that evaluating them twice gives one answer, and moves no running statistics."""
+    run = quick("pyro", "batch_norm")
+    before = {n: v.copy() for n, v in run.weights.items()}
+    assert float(before["encoder.1.num_batches_tracked"]) == 9  # 3 epochs of 3 steps, and nothing but steps
+    assert not any(m.training for m in run.program.guide.modules())
+    run.evaluate(data(), num_particles=5)
+    assert same_weights(before, run.weights)
+    further = quick("pyro", program=run.program)
+    assert float(further.weights["encoder.1.num_batches_tracked"]) == 18
+
+
+def test_a_saved_run_loads_in_the_same_engine(engine: str, tmp_path: Path) -> None:
+    run = digits(engine)
+    assert run.save(tmp_path / "run") == tmp_path / "run"
+    back = Run.load(tmp_path / "run")
+    assert same_weights(run.weights, back.weights)
+    assert back.history == run.history
+    assert back.config == run.config
+    assert back.objective == run.objective
+    assert back.program.spec == SPEC
+    assert run.evaluate(DIGITS[:10], num_particles=5).nll == back.evaluate(DIGITS[:10], num_particles=5).nll
+
+
+@pytest.mark.pyro
+@pytest.mark.numpyro
+@pytest.mark.parametrize(("trained_in", "used_in"), [ENGINES, ENGINES[::-1]])
+def test_a_saved_run_loads_in_the_other_engine(trained_in: str, used_in: str, tmp_path: Path) -> None:
+    """The same weights give the same model and guide: at the posterior's draws of one engine, the other's densities agree."""
+    x = data()
+    run = fit(getattr(LINEAR, trained_in)(), x, epochs=20, batch_size=20, learning_rate=0.02, progress=False)
+    run.save(tmp_path)
+    back = Run.load(tmp_path, getattr(LINEAR, used_in)())
+    assert back.program.engine == used_in
+    assert same_weights(run.weights, back.weights)
+    exact = -LINEAR.log_prob(run.weights, x).mean()
+    for one in (run, back):
+        found = one.evaluate(x, num_particles=2000)
+        assert abs(found.nll - exact) < 5 * found.nll_mc_se + 1e-3
+        assert found.elbo == pytest.approx(LINEAR.elbo(run.weights, x).mean(), abs=0.02)
+
+
+def test_the_directory_holds_the_run(engine: str, tmp_path: Path) -> None:
+    run = digits(engine, directory=tmp_path / "deep" / "run")
+    names = {p.name for p in (tmp_path / "deep" / "run").iterdir()}
+    assert names == {"checkpoint.safetensors", "weights.safetensors", "config.json", "history.json"}
+    back = Run.load(tmp_path / "deep" / "run")
+    assert same_weights(run.weights, back.weights)
+    assert back.history == run.history
+
+
+def test_replicates_lie_side_by_side(engine: str, tmp_path: Path) -> None:
+    runs = digits(engine, replicates=2, epochs=1, directory=tmp_path)
+    for r, run in enumerate(runs):
+        back = Run.load(tmp_path / f"replicate-{r}")
+        assert same_weights(run.weights, back.weights)
+        assert back.config["seed"] == r
+
+
+def test_checkpoints_come_as_often_as_asked(engine: str, tmp_path: Path) -> None:
+    """And always at the last epoch."""
+    digits(engine, epochs=3, checkpoint_every=2, directory=tmp_path)
+    notes = load_arrays(tmp_path / "checkpoint.safetensors")[1]
+    assert notes["epoch"] == 3
+
+
+# --- configuration ------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """A learning rate without a repr of its own."""
+
+    def __call__(self, step: Any) -> Any:
+        return 0.01
+
+
+def test_config_says_nothing_that_another_process_would_say_otherwise(tmp_path: Path) -> None:
+    """No memory addresses: settings are compared when a run is resumed."""
+    rates: list[Any] = [lambda step: 0.1, Plain(), Decay().__call__, plain_sgd, Decay(0.3)]
+    for rate in rates:
+        text = str(to_config(Adam(rate)))
+        assert "0x" not in text
+    assert to_config(Adam(Decay(0.3)))["learning_rate"] == {"class": "Decay", "start": 0.3, "over": 5.0}
+    assert to_config(Adam(rates[0])) != to_config(Adam(rates[1]))
+    assert "0x" not in str(to_config(plain_sgd("numpyro" if "jax" in globals() else "pyro")))
+    save_json(tmp_path / "config.json", to_config(Adam(rates[0])))
