@@ -7,14 +7,12 @@ The options are the fields of dataclasses, those of the models, objectives, grad
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
 import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +33,7 @@ from elbozoo.inference import ELBO, IWAE, Adam, AnnealedKL, ElbozooError, FreeBi
 from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.evaluation import Evaluation, PerDatum, evaluate
 from elbozoo.inference.parts import one_of
-from elbozoo.inference.training import CHECKPOINT, WEIGHTS, prepare
+from elbozoo.inference.training import CHECKPOINT, WEIGHTS
 from elbozoo.zoo import MLP, VAE, Bernoulli, Likelihood, Network, Spec
 
 out = Console(highlight=False)
@@ -134,7 +132,7 @@ class Train:
         spec, objective, optimizer = options.assemble(self.spec_class, given, data.facts)
         names = [options.command_name(type(spec)), Path(self.data).stem, given["objective"], *given["shape"]]
         folder = self.out or Path("runs") / "-".join(names)
-        if (folder / CHECKPOINT).exists() and not self.resume:
+        if not self.resume and any((folder / name).exists() for name in (CHECKPOINT, WEIGHTS)):
             raise must("--out", "be a folder without an earlier run", folder, "Add --resume to go on with it, or give another --out")
         binarize = self.binarize or binarization(spec, data.train)
         valid = None if self.valid is None else data.test if self.valid == "validation" else Data.read(self.valid).test
@@ -152,7 +150,7 @@ class Train:
             raise Interrupted(folder, command) from None
         runs = found if isinstance(found, list) else [found]
         for r, run in enumerate(runs):
-            run.config |= {"data": data.name, "image_shape": data.facts.get("image_shape"), "command": command}
+            run.config |= {"dataset": data.name, "image_shape": data.facts.get("image_shape"), "command": command}
             last, place = run.history[-1], folder / f"replicate-{r}" if self.replicates else folder
             run.save(place)
             say(f"{place}: epoch {last['epoch']}, bound {last['bound']:.2f} nats, rate {last['rate']:.2f}, distortion {last['distortion']:.2f}")
@@ -163,7 +161,7 @@ class Interrupted(Exception):
     """Ctrl-C while training."""
 
     def __init__(self, folder: Path, command: str):
-        saved = f"the last checkpoint is in {folder}" if (folder / CHECKPOINT).exists() else "there was no checkpoint yet"
+        saved = f"the last checkpoint is in {folder}" if any(folder.rglob(CHECKPOINT)) else "there was no checkpoint yet"
         command = command if "--resume" in command else f"{command} --resume"
         super().__init__(f"{saved}; go on with: {command}")
 
@@ -211,7 +209,7 @@ class Measuring:
         data_dir: folder with the data sets' files; else ELBOZOO_DATA, else a cache into which they are fetched.
         num_particles: importance samples a datum, K of the NLL.
         num_data: measure on the first so many data only.
-        seed: fixes the draws, and the zeros and ones that grey pixels become.
+        seed: fixes the draws.
     """
 
     data: Annotated[str | None, left_out(DATA)] = None
@@ -224,23 +222,22 @@ class Measuring:
         """Evaluate the runs of some folders; what was measured before in the same way is read from the folder."""
         found = Measured({}, {}, {}, {})
         for folder, run in runs.items():
-            name = self.data or run.config.get("data")
+            name = self.data or run.config.get("dataset")
             if name is None:
                 raise must("--data", "be given for a run that `elbozoo train` did not make", "nothing", f"Add --data {DATA}")
-            if name == run.config.get("data") and name.endswith(".npy"):
+            if name == run.config.get("dataset") and name.endswith(".npy"):
                 say(f"{folder}: measured on its training data; --data takes another file.")
             images = Data.read(name, self.data_dir).test[: self.num_data]
-            # One seed for all, so that every run sees the same zeros and ones.
-            x = prepare(run.program, images, run.config["binarize"], self.seed)
+            x = run.prepare(images)
             label = folder.name if sum(f.name == folder.name for f in runs) == 1 else str(folder)
             found.runs[label], found.images[label] = run, images
-            found.digests[label] = hashlib.sha256(x[0].tobytes()).hexdigest()
+            found.digests[label] = storage.checksum(x)
             found.evaluations[label] = self._evaluate(run, folder, x, found.digests[label], Path(name).stem)
         return found
 
     def _evaluate(self, run: Run, folder: Path, x: tuple, digest: str, data: str) -> Evaluation:
         path = folder / f"evaluation-{data}-{self.num_particles}.safetensors"
-        weights = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        weights = storage.checksum(run.weights.values())
         key = {"weights": weights, "data": digest, "num_particles": self.num_particles, "seed": self.seed, "elbozoo": __version__}
         if path.exists():
             try:
@@ -419,13 +416,13 @@ class Demo:
 
     out: Path = Path("runs/demo")
     engine: Literal["numpyro", "pyro"] = "numpyro"
-    epochs: int = 100
+    epochs: int = 200
     num_particles: int = 1000
     seed: int = 0
 
     def __call__(self, command: str) -> None:
         data = Data.read("digits")
-        spec = VAE(data.facts["data_dim"], latent_dim=16, network=MLP(hidden=(200,)))
+        spec = VAE(data.facts["data_dim"], latent_dim=16, network=MLP(hidden=(100, 100)))
         objectives: dict[str, Objective] = {
             "elbo": ELBO(),
             "iwae": IWAE(num_particles=10),
@@ -439,7 +436,7 @@ class Demo:
             run = fit(
                 program, data.train, objective=objective, epochs=self.epochs, batch_size=100, learning_rate=3e-3, seed=self.seed, binarize="stochastic",
             )  # fmt: skip
-            run.config |= {"data": data.name, "image_shape": data.facts["image_shape"], "command": command}
+            run.config |= {"dataset": data.name, "image_shape": data.facts["image_shape"], "command": command}
             runs[run.save(self.out / name)] = run
         report = Report(runs=tuple(runs), out=self.out / "report.html", num_particles=self.num_particles)
         measured = report.measure(runs)

@@ -76,16 +76,20 @@ def _samples(tr: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
-    stacks = [frozenset(s["cond_indep_stack"]) for tr in (model_trace, guide_trace) for s in _samples(tr).values()]
-    shared = frozenset.intersection(*stacks) if stacks else frozenset()
+    everything = [s for tr in (model_trace, guide_trace) for s in _samples(tr).values()]
+    shared = frozenset.intersection(*(frozenset(s["cond_indep_stack"]) for s in everything)) if everything else frozenset()
     scale = 1.0
     for frame in shared:
         size = model_trace[frame.name]["args"][0] if frame.name in model_trace else frame.size
         scale *= size / frame.size
-    everything = [s for tr in (model_trace, guide_trace) for s in _samples(tr).values()]
-    joint = any(st != shared for st in stacks) or (not shared and any(s["fn"].batch_shape for s in everything))
-    latent = {n: s for n, s in _samples(guide_trace).items() if not s["is_observed"]}
-    sites = {n: (bool(s["fn"].has_rsample), type(_strip(s["fn"])[0]).__name__) for n, s in latent.items()}
+    unshared = not shared and any(s["cond_indep_stack"] or s["fn"].batch_shape for s in everything)
+    latent, observed = (
+        frozenset().union(*(s["cond_indep_stack"] for s in everything if s["is_observed"] is seen)) for seen in (False, True)
+    )
+    joint = unshared or bool(latent & observed - shared)
+    sites = {
+        n: (bool(s["is_observed"] or s["fn"].has_rsample), type(_strip(s["fn"])[0]).__name__) for n, s in _samples(guide_trace).items()
+    }
     return _Layout(tuple(sorted(f.dim for f in shared)), scale, joint, 1.0 if shared else _data_size(model_trace), sites)
 
 
@@ -115,11 +119,16 @@ def _log_prob(site: Any, layout: _Layout) -> tuple[jax.Array, bool]:
         fn, factors = site["fn"], 0
     value, intermediates = site["value"], site["intermediates"]
     log_prob = fn.log_prob(value, intermediates) if intermediates and factors == 0 else fn.log_prob(value)
-    scale = 1.0 if site["scale"] is None else site["scale"]
-    if isinstance(scale, jax.Array) or scale != layout.scale:
-        log_prob = log_prob * (scale / layout.scale)
-    terms = plates_first(log_prob, log_prob.ndim - factors, layout.dims)
+    terms = plates_first(_rescale(log_prob, site, layout, factors), log_prob.ndim - factors, layout.dims)
     return terms, factors > 0 or site["fn"].event_dim == 0
+
+
+def _rescale(x: jax.Array, site: Any, layout: _Layout, event_ndim: int) -> jax.Array:
+    """``x`` (whose last ``event_ndim`` dims are the site's event dims) times the site's scale, the shared plates' scale divided out."""
+    scale = 1.0 if site["scale"] is None else site["scale"]
+    if isinstance(scale, float | int):
+        return x if scale == layout.scale else x * (scale / layout.scale)
+    return x * (jnp.reshape(scale, jnp.shape(scale) + (1,) * event_ndim) / layout.scale)
 
 
 def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout) -> jax.Array | None:
@@ -128,17 +137,16 @@ def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout) -> jax.Array
     factors = q_factors if q_factors == p_factors and not q.event_dim and not p.event_dim else 0
     if factors == 0:
         q, p = guide_site["fn"], model_site["fn"]
-    scale = 1.0 if model_site["scale"] is None else model_site["scale"]
-    guide_scale = 1.0 if guide_site["scale"] is None else guide_site["scale"]
-    if scale is not guide_scale and not (np.isscalar(scale) and scale == guide_scale):
+    scale, guide_scale = model_site["scale"], guide_site["scale"]
+    if scale is not guide_scale and not (isinstance(scale, float | int) and isinstance(guide_scale, float | int) and scale == guide_scale):
         return None
     try:
         kl = kl_divergence(q, p)
     except NotImplementedError:
         return None
-    kl = kl if isinstance(scale, float | int) and scale == layout.scale else kl * (scale / layout.scale)
-    kl = plates_first(kl, kl.ndim - factors, layout.dims)
-    return kl if factors else kl.sum(axis=-1, keepdims=True)
+    kl = jnp.broadcast_to(kl, jnp.broadcast_shapes(q.batch_shape, p.batch_shape))  # the KL of a site masked by False is a plain 0.0
+    kl = plates_first(_rescale(kl, model_site, layout, factors), kl.ndim - factors, layout.dims)
+    return kl if factors or guide_site["fn"].event_dim == 0 else kl.sum(axis=-1, keepdims=True)
 
 
 def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
@@ -179,10 +187,17 @@ def _site_arrays(guide_trace: Any, model_trace: Any, layout: _Layout, analytic_k
 
 
 def _check_match(model_trace: Any, guide_trace: Any) -> None:
-    check_model_guide_match(model_trace, guide_trace)
     for name, site in _samples(model_trace).items():
         if not site["is_observed"] and name not in guide_trace:
             raise must("guide", "draw every latent site of the model", f"no site '{name}'", f"Add numpyro.sample('{name}', …) to the guide")
+    for name, site in _samples(guide_trace).items():
+        if site["is_observed"] or site["infer"].get("is_auxiliary"):
+            continue
+        if name not in model_trace:
+            raise must("guide", "draw only latent sites of the model", f"'{name}'", "Mark an auxiliary site with infer={'is_auxiliary': True}")
+        if model_trace[name]["is_observed"]:
+            raise must("guide", "draw only latent sites of the model", f"the observed site '{name}'", "Remove it from the guide")
+    check_model_guide_match(model_trace, guide_trace)
 
 
 # --- from traces to terms ---------------------------------------------------------------------------------------
@@ -340,13 +355,13 @@ class Loss(NumPyroELBO):
     def loss_with_mutable_state(
         self, rng_key: jax.Array, param_map: Params, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> Any:
-        if self.objective.uses_step and _STEP not in param_map:
-            raise must("guide", "carry a step counter under an objective with a schedule", "a plain guide", "Pass loss.guide(guide) to SVI")
-        step = param_map.get(_STEP, 0)
+        step = param_map.get(_STEP, 0)  # absent from svi.evaluate, which reports the unshaped bound and needs none
         terms, mutable = particles(
             rng_key, param_map, model, guide, args, kwargs, num_particles=self.num_particles,
             analytic_kl=self.objective.uses_analytic_kl, step=step, vectorize=self.vectorize_particles,
         )
+        if self.objective.uses_step and _STEP not in mutable:
+            raise must("guide", "carry a step counter under an objective with a schedule", "a plain guide", "Pass loss.guide(guide) to SVI")
         self.objective.check(terms)
         if _STEP in mutable:
             mutable[_STEP] = step + 1
@@ -357,13 +372,14 @@ class Loss(NumPyroELBO):
 
 
 class _Bound:
-    """A model or guide with trained parameters substituted, its methods too (``program.model.decode(z)``)."""
+    """A model or guide with parameters substituted, its methods too (``program.model.decode(z)``); hidden if asked."""
 
-    def __init__(self, fn: Callable, params: Params):
-        self._fn, self._params = fn, params
+    def __init__(self, fn: Callable, params: Params, hidden: bool = False):
+        self._fn, self._params, self._hidden = fn, params, hidden
 
     def _bind(self, fn: Callable) -> Callable:
-        return substitute(fn, data=self._params)
+        bound = substitute(fn, data=self._params)
+        return block(bound, hide_fn=lambda site: site["type"] in ("param", "mutable")) if self._hidden else bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._bind(self._fn)(*args, **kwargs)
@@ -415,8 +431,8 @@ class Program:
         """
         if self.params is None:
             raise must("program", "have parameters to freeze", "an untrained program", "Use run.program, or program.with_weights(…)")
-        hide = partial(block, hide_fn=lambda site: site["type"] in ("param", "mutable"))
-        return Program(hide(self.model), hide(self.guide), self.spec)
+        params = self._all_params()
+        return Program(_Bound(self.model_fn, params, True), _Bound(self.guide_fn, params, True), self.spec, params={})
 
     def init(self, key: jax.Array, *args: Any) -> tuple[Params, dict[str, Any], Params]:
         """Initial parameters (constrained), their constraints, and mutable values, from one run on ``args``."""

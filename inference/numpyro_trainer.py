@@ -114,7 +114,7 @@ class Trainer:
         gradient, (metrics, mutable) = jax.grad(loss, has_aux=True)(state.params)
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(params, optimizer, mutable, state.key, state.step + 1), metrics | {"grad_norm": optax.global_norm(gradient)}
+        return State(params, optimizer, mutable, state.key, state.step + 1), metrics | {"grad_norm": _norm(gradient)}
 
     def _epoch(self, state: State, data: tuple, order: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         return jax.lax.scan(partial(self._step, data), state, order)
@@ -204,6 +204,11 @@ class Trainer:
             raise must("checkpoint", "hold the state of this program and optimizer", f"a mismatch at {wrong[:3] or 'extra arrays'}", "Resume with the settings it was started with", CorruptFile)
         with self._on_device():
             self.state = jax.tree_util.tree_unflatten(tree, [jnp.asarray(arrays[n]) for n in names])
+
+
+def _norm(tree: Any) -> jax.Array:
+    """The global norm (optax has it under another name in every other version)."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
 
 
 def _non_finite(params: Params) -> str:

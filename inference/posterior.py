@@ -204,7 +204,7 @@ class _Names:
     def __init__(self, spec: Any, num_data: int, dims: Mapping[str, Sequence[str]]):
         self.num_data, self.dims, self.has_spec = num_data, dims, spec is not None
         shape = getattr(spec, "image_shape", None) or getattr(getattr(spec, "network", None), "image_shape", None) or ()
-        self.image_shape = tuple(shape[1:] if len(shape) == 3 and shape[0] == 1 else shape)
+        self.image_shape: tuple[int, ...] = tuple(shape[1:] if len(shape) == 3 and shape[0] == 1 else shape)
 
     def latents(self, values: Mapping[str, np.ndarray]) -> Variables:
         return {name: self._named(name, z, ("draw",), ()) for name, z in values.items()}

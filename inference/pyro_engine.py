@@ -17,6 +17,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.distributions.torch import Independent
 from pyro.infer import ELBO as PyroELBO
 from pyro.poutine.util import site_is_subsample
@@ -45,7 +46,11 @@ class _Layout:
 
 
 def _samples(trace: Any) -> dict[str, Any]:
-    return {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
+    """Sample statements: neither subsample indices nor ``pyro.deterministic``, which Pyro records as samples too."""
+    nodes = trace.nodes.items()
+    return {
+        n: s for n, s in nodes if s["type"] == "sample" and not site_is_subsample(s) and not s["infer"].get("_deterministic")
+    }
 
 
 def _frames(site: Any) -> frozenset[tuple[str, int, int, int]]:
@@ -56,24 +61,24 @@ def _frames(site: Any) -> frozenset[tuple[str, int, int, int]]:
 
 def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
     everything = [*_samples(model_trace).values(), *_samples(guide_trace).values()]
-    stacks = [_frames(s) for s in everything]
-    shared = frozenset.intersection(*stacks) if stacks else frozenset()
+    shared = frozenset.intersection(*map(_frames, everything)) if everything else frozenset()
     scale = 1.0
     for _, _, size, full in shared:
         scale *= full / size
-    particle_dims = any(f.name == _PARTICLES for s in everything for f in s["cond_indep_stack"])
-    unplated = not shared and any(len(s["fn"].batch_shape) > particle_dims for s in everything)
-    joint = any(st != shared for st in stacks) or unplated
-    return _Layout(tuple(sorted(d for _, d, _, _ in shared)), scale, joint, 1.0 if shared else _data_size(model_trace))
+    particle_dims = int(any(f.name == _PARTICLES for s in everything for f in s["cond_indep_stack"]))  # the leftmost
+    unshared = not shared and any(_frames(s) or len(s["fn"].batch_shape) > particle_dims for s in everything)
+    latent, observed = (frozenset().union(*(_frames(s) for s in everything if s["is_observed"] is seen)) for seen in (False, True))
+    joint = unshared or bool(latent & observed - shared)
+    return _Layout(tuple(sorted(d for _, d, _, _ in shared)), scale, joint, 1.0 if shared else _data_size(model_trace, particle_dims))
 
 
-def _data_size(model_trace: Any) -> float:
+def _data_size(model_trace: Any, particle_dims: int) -> float:
     """Full size of the largest stack of plates around an observed site (of its batch where there is no plate)."""
     sizes = [1.0]
     for site in _samples(model_trace).values():
         if site["is_observed"]:
             full = [f[3] for f in _frames(site)]
-            sizes.append(float(np.prod(full or tuple(site["fn"].batch_shape) or (1,))))
+            sizes.append(float(np.prod(full or tuple(site["fn"].batch_shape)[particle_dims:] or (1,))))
     return max(sizes)
 
 
@@ -92,7 +97,11 @@ def _scale_and_mask(x: torch.Tensor, site: Any, layout: _Layout, event_ndim: int
             mask = mask.reshape(tuple(mask.shape) + (1,) * event_ndim)
         x = torch.where(mask, x, x.new_zeros(())) if isinstance(mask, torch.Tensor) else x * float(mask)
     scale = site["scale"]
-    return x if isinstance(scale, float | int) and scale == layout.scale else x * (scale / layout.scale)
+    if isinstance(scale, torch.Tensor):
+        scale = scale.reshape(tuple(scale.shape) + (1,) * event_ndim)
+    elif scale == layout.scale:
+        return x
+    return x * (scale / layout.scale)
 
 
 def _log_prob(site: Any, layout: _Layout, particle_dim: int | None) -> tuple[torch.Tensor, bool]:
@@ -122,12 +131,14 @@ def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout, particle_dim
     )
     if not same_scale or guide_site["mask"] is not model_site["mask"]:
         return None
+    if isinstance(q, Delta):  # torch's registry has a formula that forgets a Delta's own log density; its sample is exact
+        return None
     try:
         kl = kl_divergence(q, p)
     except NotImplementedError:
         return None
     kl = _lead(_scale_and_mask(kl, model_site, layout, factors), factors, layout, particle_dim)
-    return kl if factors else kl.sum(dim=-1, keepdim=True)
+    return kl if factors or guide_site["fn"].event_dim == 0 else kl.sum(dim=-1, keepdim=True)
 
 
 def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
@@ -163,15 +174,28 @@ def _check_match(model_trace: Any, guide_trace: Any) -> None:
 
 
 class _Replay(poutine.messenger.Messenger):
-    """Give latent and subsample sites these values."""
+    """Give latent and subsample sites these values; with ``draw_first`` only once drawn, so that random numbers are used up as before."""
 
-    def __init__(self, values: Mapping[str, torch.Tensor]):
+    def __init__(self, values: Mapping[str, torch.Tensor], draw_first: bool = False):
         super().__init__()
-        self.values = values
+        self.values, self.draw_first = values, draw_first
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
+        if not self.draw_first and msg["name"] in self.values and not msg["is_observed"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if self.draw_first and msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+
+
+@contextmanager
+def _rng_of(run: _Run) -> Iterator[None]:
+    """The random state that ``run``'s guide started from: a guide with dropout must be frozen under the mask that it drew."""
+    with torch.random.fork_rng(devices=range(len(run.rng) - 1)):
+        for i, state in enumerate(run.rng):
+            torch.cuda.set_rng_state(state, i - 1) if i else torch.set_rng_state(state)
+        yield
 
 
 @contextmanager
@@ -203,9 +227,11 @@ class _Run:
     values: dict[str, torch.Tensor]  # as drawn
     aliases: dict[str, torch.Tensor]  # the same values as the model and the frozen guide see them: hooks go here
     subsamples: dict[str, torch.Tensor]
+    rng: list[torch.Tensor]  # random state before the guide ran: the CPU's, then each GPU's
 
 
 def _run(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], subsamples: Mapping[str, torch.Tensor]) -> _Run:
+    rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
     with _Replay(subsamples):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     nodes = guide_trace.nodes.items()
@@ -215,7 +241,7 @@ def _run(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any
     with _Replay({**drawn, **aliases}):
         model_trace = poutine.trace(model).get_trace(*args, **kwargs)
     _check_match(model_trace, guide_trace)
-    return _Run(guide_trace, model_trace, values, aliases, drawn)
+    return _Run(guide_trace, model_trace, values, aliases, drawn, rng)
 
 
 def particles(
@@ -242,7 +268,7 @@ def particles(
     layout = _layout(runs[0].model_trace, runs[0].guide_trace)
 
     def rerun_guide(run: _Run, values: Mapping[str, torch.Tensor]) -> Any:
-        with poutine.block(), _Replay({**run.subsamples, **values}):
+        with poutine.block(), _rng_of(run), _Replay({**run.subsamples, **values}, draw_first=True):
             return poutine.trace(guide).get_trace(*args, **kwargs)
 
     def build(guide_traces: list[Any], kl: bool) -> Terms:
@@ -333,11 +359,12 @@ def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step:
 
 
 def guess_max_plate_nesting(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> int:
-    """The program's plate depth, from one run whose effects are hidden."""
+    """The program's plate depth (or batch dims, where it has more than plates), from one run whose effects are hidden."""
     with poutine.block(), torch.random.fork_rng(devices=[]):
         run = _run(model, guide, args, kwargs, {})
     sites = [*_samples(run.model_trace).values(), *_samples(run.guide_trace).values()]
-    return max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
+    plates = [-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
+    return max([*plates, *(len(s["fn"].batch_shape) for s in sites)], default=0)
 
 
 # --- drop-in loss -----------------------------------------------------------------------------------------------
@@ -449,10 +476,19 @@ class Program:
 
     @contextmanager
     def parameters(self) -> Iterator[None]:
-        """Run inside with this program's own parameter store; the global one is untouched."""
-        with pyro.get_param_store().scope(self.store) as store:
+        """Run inside with this program's own parameter store; the global one is untouched.
+
+        Pyro's own ``scope`` would strip the global parameters of what its SVI reads, so it cannot serve inside a user's
+        program; the store's three tables are exchanged instead.
+        """
+        store = pyro.get_param_store()
+        outer = store._params, store._param_to_name, store._constraints
+        store._params, store._constraints = self.store["params"], self.store["constraints"]
+        store._param_to_name = {p: n for n, p in store._params.items()}
+        try:
             yield
-        self.store = store
+        finally:
+            store._params, store._param_to_name, store._constraints = outer
 
     def copy(self) -> Program:
         """A deep copy: modules and stored parameters (a module that a plain function closes over is shared)."""

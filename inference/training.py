@@ -106,7 +106,15 @@ class Run:
             from elbozoo.zoo.spec import Spec
 
             program = getattr(Spec.from_config(config["spec"]), config["engine"])()
-        return cls(program.with_weights(arrays, *example), objective_from_config(config["objective"]), history["rows"], config)
+        if example:
+            from elbozoo.inference.evaluation import feed
+
+            example = feed(program, prepare(program, example, check=False))
+        program = program.with_weights(arrays, *example)
+        if program.engine == "pyro":  # as fit hands it back
+            for module in program._modules():
+                module.eval()
+        return cls(program, objective_from_config(config["objective"]), history["rows"], config)
 
 
 # --- configuration ----------------------------------------------------------------------------------------------
@@ -124,8 +132,8 @@ def to_config(part: Any) -> Any:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))  # an address differs from process to process
 
 
-def objective_from_config(config: Mapping[str, Any]) -> Objective:
-    """The objective that :func:`to_config` described. Nothing is evaluated: names are looked up among the public ones."""
+def objective_from_config(config: Mapping[str, Any]) -> Any:
+    """The objective (or the part of one) that :func:`to_config` described. Nothing is evaluated: names are looked up among the public ones."""
     from elbozoo import inference
 
     values = {k: objective_from_config(v) if isinstance(v, Mapping) else v for k, v in config.items() if k != "class"}

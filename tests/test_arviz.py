@@ -318,6 +318,21 @@ def test_arviz_summarises_and_plots_it(engine: str, tmp_path: Path) -> None:
     assert min(sizes) > 5000
 
 
+@pytest.mark.numpyro
+def test_leaving_one_out_measures_reconstruction() -> None:
+    """The reason for the docstring's warning: even where the guide is exact, LOO is far above the exact log p(x)."""
+    spec = LinearVAE(data_dim=20, latent_dim=6, scale=0.3, guide="full")
+    rng = np.random.default_rng(0)
+    decoder = {"decoder.weight": rng.normal(size=(20, 6)), "decoder.bias": np.zeros(20)}
+    weights = spec.exact_guide(decoder)
+    data = rng.normal(size=(30, 6)) @ decoder["decoder.weight"].T + 0.3 * rng.normal(size=(30, 20))
+    with pytest.warns(UserWarning, match="Pareto"):
+        found = arviz.loo(to_arviz(spec.numpyro().with_weights(weights), data, num_draws=400), pointwise=True)
+    optimism = (found.elpd_loo if OLD else found.elpd) / 30 - spec.log_prob(weights, data).mean()
+    assert optimism > 5.0
+    assert (found.pareto_k > 0.7).mean() > 0.5
+
+
 def test_it_survives_a_file(engine: str, tmp_path: Path) -> None:
     found = draws(engine)
     found.to_netcdf(str(tmp_path / "draws.nc"))
