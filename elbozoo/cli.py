@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import shlex
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import tyro
@@ -33,7 +36,7 @@ from elbozoo.inference import ELBO, IWAE, Adam, AnnealedKL, ElbozooError, FreeBi
 from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.evaluation import Evaluation, PerDatum, evaluate
 from elbozoo.inference.parts import one_of
-from elbozoo.inference.training import CHECKPOINT, WEIGHTS
+from elbozoo.inference.training import CHECKPOINT, WEIGHTS, Binarize
 from elbozoo.zoo import MLP, VAE, Bernoulli, Likelihood, Network, Spec
 
 out = Console(highlight=False)
@@ -59,13 +62,16 @@ class Data:
     def read(cls, name: str, data_dir: Path | None = None, split: str = "test") -> Data:
         """A data set by name, or an .npy file, all of whose rows are for training and for evaluation."""
         if not name.endswith(".npy"):
+            one_of("--data", name, datasets.NAMES)
             found = datasets.load(name, split=split, data_dir=data_dir)
             facts = {"data_dim": found.train.shape[1], "image_shape": (1, *found.image_shape), "levels": found.levels}
             return cls(name, found.train, found.test, facts)
         path = Path(name).expanduser().resolve()
         array = datasets.load_array(path)
         if array.ndim < 2 or not array.size:
-            raise must(str(path), "hold data as rows of an array", f"shape {array.shape}", "Save an array (N, D) or (N, H, W)")
+            raise must(
+                str(path), "hold data as rows of an array", f"shape {array.shape}", "Save shape (N, D) or (N, H, W)"
+            )
         flat = array.reshape(len(array), -1)
         facts: dict[str, Any] = {"data_dim": flat.shape[1]}
         if array.ndim == 3:
@@ -79,10 +85,15 @@ def left_out(metavar: str) -> Any:
 
 
 DATA = "{" + ",".join(datasets.NAMES) + "}|FILE.npy"
-BINARIZATIONS = "{none,stochastic,static,threshold}"
+BINARIZATIONS = "{" + ",".join(get_args(Binarize)) + "}"
 
 
 # --- train ------------------------------------------------------------------------------------------------------
+
+
+PASSED_ON = ("epochs", "batch_size", "seed", "replicates", "early_stopping", "resume")
+PASSED_ON += ("checkpoint_every", "device", "progress")
+"""Options that ``fit`` has under the same names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +103,25 @@ class Train:
     Args:
         data: a data set by name, or an .npy file with one datum a row (all of them are trained on).
         data_dir: folder with the data sets' files; else ELBOZOO_DATA, else a cache into which they are fetched.
-        valid: held-out data for a bound after every epoch: validation (the end of a named data set's training images, which are then not trained on)
-            or an .npy file.
+        valid: held-out data for a bound after every epoch: validation (the end of a named data set's training images,
+            which are then not trained on) or an .npy file.
         engine: numpyro (JAX) or pyro (PyTorch); the one that is installed, numpyro where both are.
         epochs: passes over the data.
         batch_size: data a minibatch.
         seed: fixes initial weights, order and noise.
-        binarize: how grey pixels become the zeros and ones of a Bernoulli likelihood: stochastic redraws them at every step, static draws them once,
-            threshold cuts at one half. Left out: stochastic for grey pixels under a Bernoulli, none otherwise.
+        binarize: how grey pixels become the zeros and ones of a Bernoulli likelihood: stochastic redraws them at every
+            step, static draws them once, threshold cuts at one half. Left out: stochastic for grey pixels under a
+            Bernoulli, none otherwise.
         replicates: train this many seeds (on JAX at once), each into a folder replicate-<r>.
         early_stopping: stop when the held-out bound has not risen for this many epochs (needs --valid).
-        out: the run folder; runs/<model>-<data>-<objective> if left out.
+        out: the run folder; runs/<model>-<data>-<objective>-<shapes> if left out.
         resume: go on from the checkpoint in the run folder, bit for bit as if never stopped; start where there is none.
         checkpoint_every: epochs between checkpoints.
         device: cpu, gpu, cuda, …; the library's default if left out.
         progress: show a progress bar.
     """
 
+    spec_class: ClassVar[type[Spec]]
     data: Annotated[str, tyro.conf.arg(metavar=DATA)] = "digits"
     data_dir: Annotated[Path | None, left_out("FOLDER")] = None
     valid: Annotated[str | None, left_out("validation|FILE.npy")] = None
@@ -116,7 +129,7 @@ class Train:
     epochs: int = 10
     batch_size: int = 128
     seed: int = 0
-    binarize: Annotated[Literal["none", "stochastic", "static", "threshold"] | None, left_out(BINARIZATIONS)] = None
+    binarize: Annotated[Binarize | None, left_out(BINARIZATIONS)] = None
     replicates: Annotated[int | None, left_out("INT")] = None
     early_stopping: Annotated[int | None, left_out("INT")] = None
     out: Annotated[Path | None, left_out("FOLDER")] = None
@@ -133,40 +146,53 @@ class Train:
         names = [options.command_name(type(spec)), Path(self.data).stem, given["objective"], *given["shape"]]
         folder = self.out or Path("runs") / "-".join(names)
         if not self.resume and any((folder / name).exists() for name in (CHECKPOINT, WEIGHTS)):
-            raise must("--out", "be a folder without an earlier run", folder, "Add --resume to go on with it, or give another --out")
+            todo = "Add --resume to go on with it, or give another --out"
+            raise must("--out", "be a folder without an earlier run", folder, todo)
         binarize = self.binarize or binarization(spec, data.train)
         valid = None if self.valid is None else data.test if self.valid == "validation" else Data.read(self.valid).test
 
-        say(f"{options.command_name(type(spec))} on {len(data.train)} data of {self.data}, in {self.engine}, into {folder}")
+        say(f"{names[0]} on {len(data.train)} data of {self.data}, in {self.engine}, into {folder}")
         if binarize != "none":
             say(f"Grey pixels become zeros and ones: --binarize {binarize}.")
         try:
             found = fit(
-                getattr(spec, self.engine)(), data.train, objective=objective, optimizer=optimizer, epochs=self.epochs, batch_size=self.batch_size,
-                seed=self.seed, valid=valid, binarize=binarize, replicates=self.replicates, early_stopping=self.early_stopping, directory=folder,
-                resume=self.resume, checkpoint_every=self.checkpoint_every, device=self.device, progress=self.progress,
-            )  # fmt: skip
+                getattr(spec, self.engine)(),
+                data.train,
+                objective=objective,
+                optimizer=optimizer,
+                valid=valid,
+                binarize=binarize,
+                directory=folder,
+                **{name: getattr(self, name) for name in PASSED_ON},
+            )
         except KeyboardInterrupt:
             raise Interrupted(folder, command) from None
         runs = found if isinstance(found, list) else [found]
         for r, run in enumerate(runs):
-            run.config |= {"dataset": data.name, "image_shape": data.facts.get("image_shape"), "command": command}
-            last, place = run.history[-1], folder / f"replicate-{r}" if self.replicates else folder
-            run.save(place)
-            say(f"{place}: epoch {last['epoch']}, bound {last['bound']:.2f} nats, rate {last['rate']:.2f}, distortion {last['distortion']:.2f}")
-        say(f"Next: elbozoo evaluate {shlex.quote(str(place))}")
+            place = folder / f"replicate-{r}" if self.replicates else folder
+            record(run, data, command).save(place)
+            last = run.history[-1]
+            figures = ", ".join(f"{name} {last[name]:.2f}" for name in ("bound", "rate", "distortion"))
+            say(f"{place}: {figures} nats in epoch {last['epoch']}. Next: elbozoo evaluate {shlex.quote(str(place))}")
+
+
+def record(run: Run, data: Data, command: str) -> Run:
+    """Note in a run's config what ``fit`` cannot know."""
+    run.config |= {"dataset": data.name, "image_shape": data.facts.get("image_shape"), "command": command}
+    return run
 
 
 class Interrupted(Exception):
     """Ctrl-C while training."""
 
     def __init__(self, folder: Path, command: str):
-        saved = f"the last checkpoint is in {folder}" if any(folder.rglob(CHECKPOINT)) else "there was no checkpoint yet"
+        found = any(folder.rglob(CHECKPOINT))
+        saved = f"the last checkpoint is in {folder}" if found else "there is no checkpoint yet"
         command = command if "--resume" in command else f"{command} --resume"
         super().__init__(f"{saved}; go on with: {command}")
 
 
-def binarization(spec: Spec, x: np.ndarray) -> str:
+def binarization(spec: Spec, x: np.ndarray) -> Binarize:
     """What grey pixels need: "stochastic" under a Bernoulli likelihood, else "none"."""
     grey = isinstance(getattr(spec, "likelihood", None), Bernoulli) and not np.isin(x, (0, 1)).all()
     return "stochastic" if grey else "none"
@@ -178,9 +204,10 @@ def train_command(spec: type[Spec]) -> type[Train]:
     pieces = {o: (kind, options.command_name(type(defaults[o]()))) for o, kind in options.nested(spec).items()}
     names = {"objective": "elbo", "gradient": "pathwise", "shape": ""}
     kinds = {o: (kind, names[o]) for o, kind in options.OBJECTIVE.items()}
+    about = "What is maximised. A setting in [brackets] goes with the choice it names."
     groups = {
         "model": options.group("Model", options.summary(spec), pieces, (spec,)),
-        "objective": options.group("Objective", "What is maximised. A setting in [brackets] goes with the choice it names.", kinds, ()),
+        "objective": options.group("Objective", about, kinds, ()),
         "optimizer": options.group("Optimizer", options.summary(Adam), {}, (Adam,)),
     }
     rows = [(name, cls, dataclasses.field(default_factory=cls)) for name, cls in groups.items()]
@@ -224,7 +251,8 @@ class Measuring:
         for folder, run in runs.items():
             name = self.data or run.config.get("dataset")
             if name is None:
-                raise must("--data", "be given for a run that `elbozoo train` did not make", "nothing", f"Add --data {DATA}")
+                condition = "be given for a run that `elbozoo train` did not make"
+                raise must("--data", condition, "nothing", f"Add --data {DATA}")
             if name == run.config.get("dataset") and name.endswith(".npy"):
                 say(f"{folder}: measured on its training data; --data takes another file.")
             images = Data.read(name, self.data_dir).test[: self.num_data]
@@ -238,7 +266,8 @@ class Measuring:
     def _evaluate(self, run: Run, folder: Path, x: tuple, digest: str, data: str) -> Evaluation:
         path = folder / f"evaluation-{data}-{self.num_particles}.safetensors"
         weights = storage.checksum(run.weights.values())
-        key = {"weights": weights, "data": digest, "num_particles": self.num_particles, "seed": self.seed, "elbozoo": __version__}
+        key = {"weights": weights, "data": digest, "num_particles": self.num_particles, "seed": self.seed}
+        key["elbozoo"] = __version__
         if path.exists():
             try:
                 arrays, notes = storage.load_arrays(path)
@@ -246,7 +275,7 @@ class Measuring:
                     return unpack(arrays, notes)
             except CorruptFile:  # no loss: it is computed anew
                 pass
-        found = evaluate(run.program, x, num_particles=self.num_particles, seed=self.seed, progress=True)
+        found = evaluate(run.program, x, num_particles=self.num_particles, seed=self.seed, progress=out.is_terminal)
         arrays, scalars = pack(found)
         storage.save_arrays(path, arrays, {"key": key, **scalars})
         return found
@@ -267,16 +296,19 @@ class Measured:
         """Whether all were evaluated on one and the same array."""
         return len(set(self.digests.values())) == 1
 
-    def table(self) -> Table:
+    def show(self) -> None:
+        """Print the table of all runs."""
         from elbozoo.report import caption, results
 
         rows = results(self.runs, self.evaluations, self.paired)
-        table = Table(box=SIMPLE_HEAD, padding=0, caption=caption(self.evaluations), caption_justify="left")
+        table = Table(box=SIMPLE_HEAD, padding=0)
         for i, column in enumerate(rows[0]):
-            table.add_column(column, justify="right" if i else "left")
+            header = "\n".join(textwrap.wrap(column, 10))
+            table.add_column(header, justify="right" if i else "left", no_wrap=True)
         for row in rows:
             table.add_row(*row.values())
-        return table
+        out.print(table)
+        out.print(caption(self.evaluations, self.paired), markup=False)
 
 
 def load(folders: Sequence[Path]) -> dict[Path, Run]:
@@ -338,7 +370,7 @@ class Compare(Measuring):
     runs: Folders = ()
 
     def __call__(self, command: str) -> None:
-        out.print(self.measure(load(self.runs)).table())
+        self.measure(load(self.runs)).show()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,10 +414,8 @@ def save_netcdf(run: Run, data: np.ndarray, num_draws: int, path: Path) -> None:
 
 # --- list, demo ---------------------------------------------------------------------------------------------------
 
-KINDS = {
-    "models": Spec, "networks": Network, "likelihoods": Likelihood, "guides": Family, "objectives": options.OBJECTIVE["objective"],
-    "gradients": options.OBJECTIVE["gradient"], "shapes": options.OBJECTIVE["shape"],
-}  # fmt: skip
+KINDS = {"models": Spec, "networks": Network, "likelihoods": Likelihood, "guides": Family}
+KINDS |= {f"{option}s": kind for option, kind in options.OBJECTIVE.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,7 +456,7 @@ class Demo:
         objectives: dict[str, Objective] = {
             "elbo": ELBO(),
             "iwae": IWAE(num_particles=10),
-            "annealed-kl": AnnealedKL(ELBO(), warmup=self.epochs // 2),
+            "annealed-kl": AnnealedKL(ELBO(), warmup=self.epochs / 2),
             "free-bits": FreeBits(ELBO(), free_bits=0.25),
         }
         program = getattr(spec, self.engine)()
@@ -434,13 +464,19 @@ class Demo:
         for name, objective in objectives.items():
             say(f"{name}: {options.describe(objective)}")
             run = fit(
-                program, data.train, objective=objective, epochs=self.epochs, batch_size=100, learning_rate=3e-3, seed=self.seed, binarize="stochastic",
-            )  # fmt: skip
-            run.config |= {"dataset": data.name, "image_shape": data.facts["image_shape"], "command": command}
-            runs[run.save(self.out / name)] = run
+                program,
+                data.train,
+                objective=objective,
+                epochs=self.epochs,
+                batch_size=100,
+                learning_rate=3e-3,
+                seed=self.seed,
+                binarize="stochastic",
+            )
+            runs[record(run, data, command).save(self.out / name)] = run
         report = Report(runs=tuple(runs), out=self.out / "report.html", num_particles=self.num_particles)
         measured = report.measure(runs)
-        out.print(measured.table())
+        measured.show()
         report.write(measured)
 
 
@@ -451,8 +487,8 @@ def parser() -> Any:
     """Every command and its options, as one type for tyro."""
 
     def union(classes: Mapping[str, Any]) -> Any:
-        named = (Annotated[cls, tyro.conf.subcommand(name, description=about)] for name, (cls, about) in classes.items())
-        return Union[tuple(named)]  # noqa: UP007  (the members are known at run time alone)
+        members = ((cls, tyro.conf.subcommand(name, description=text)) for name, (cls, text) in classes.items())
+        return reduce(operator.or_, (Annotated[cls, named] for cls, named in members))
 
     models = {name: (train_command(cls), options.summary(cls)) for name, cls in options.choices(Spec).items()}
     commands = {name: (cls, options.summary(cls)) for name, cls in COMMANDS.items()}
@@ -471,12 +507,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv == ["--version"]:
         say(__version__)
         return 0
-    about = f"elbozoo {__version__}: deep latent-variable models in Pyro and NumPyro, measured in nats (--version for the version alone)"
+    about = f"elbozoo {__version__}: deep latent-variable models in Pyro and NumPyro, measured in nats."
     try:
         for word, known in zip(argv, (COMMANDS, options.choices(Spec) if argv[0] == "train" else ()), strict=False):
             if known and not word.startswith("-"):
                 one_of("command" if known is COMMANDS else "model", word, known)
-        command = tyro.cli(parser(), prog="elbozoo", description=about, args=argv, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+        config = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
+        command = tyro.cli(parser(), prog="elbozoo", description=about, args=argv, config=config)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: complain("warning", message)
             command(shlex.join(["elbozoo", *argv]))

@@ -1,7 +1,7 @@
 """Options of the command line, made from the dataclasses of the parts: their fields, types, defaults and docstrings.
 
-Nothing is listed here: a part that ``elbozoo.inference``, ``elbozoo.zoo`` or ``elbozoo.guides`` exports has its name and
-its options on the command line.
+Nothing is listed here: a part that ``elbozoo.inference``, ``elbozoo.zoo`` or ``elbozoo.guides`` exports has its name
+and its options on the command line.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def group(title: str, about: str, kinds: Mapping[str, tuple[type, str]], fixed: 
     Args:
         title: the class's name.
         about: its docstring, which heads its part of the help.
-        kinds: by option, the kind of part that it chooses among and the name chosen by default ("": any number, none by default).
+        kinds: by option, the kind of part that it chooses among and the name chosen by default ("": any number may be
+            chosen, none by default).
         fixed: classes that need no choosing.
     """
     fields: dict[str, tuple] = {}
@@ -152,7 +153,7 @@ def _annotation(takers: list[tuple[str, Setting]]) -> Any:
         texts.append(f"{f'[{names}] ' if names else ''}{text.rstrip('.')} ({default}).")
     hints = dict.fromkeys(member for _, setting in takers for member in _members(setting.hint))
     arg = tyro.conf.arg(metavar="|".join(_metavar(h) for h in hints), help=" ".join(texts), help_behavior_hint="")
-    return Annotated[Union[(*hints, None)], arg]  # noqa: UP007  (the members are known at run time alone)
+    return Annotated[Union[(*hints, None)], arg]
 
 
 def _default(field: dataclasses.Field) -> str:
@@ -204,9 +205,10 @@ def assemble(spec: type[Spec], options: Mapping[str, Any], facts: Mapping[str, A
         options: by name, choices and settings; None where a setting is not given.
         facts: what the data settle (see ``FROM_DATA``).
 
-    Raises: InvalidArgument for unknown names, for a setting that none of the chosen parts has, or that two of them have.
+    Raises: InvalidArgument for unknown names, and for a setting that none of the chosen parts has, or two of them have.
     """
-    bound, gradient = choose("objective", Bound, options["objective"]), choose("gradient", GradientEstimator, options["gradient"])
+    bound = choose("objective", Bound, options["objective"])
+    gradient = choose("gradient", GradientEstimator, options["gradient"])
     shapes = [choose("shape", Shape, name) for name in options["shape"]]
     pieces = {option: choose(option, kind, options[option]) for option, kind in nested(spec).items()}
     chosen = [spec, *pieces.values(), bound, gradient, *shapes, Adam]
@@ -219,7 +221,7 @@ def assemble(spec: type[Spec], options: Mapping[str, Any], facts: Mapping[str, A
         if not takers:
             kinds = (OBJECTIVE | nested(spec)).items()
             owners = [f"--{o} {n}" for o, kind in kinds for n, c in choices(kind).items() if name in settings(c)]
-            got = " ".join(f"--{o} {command_name(c)}" for o, c in {"objective": bound, "gradient": gradient, **pieces}.items())
+            got = " ".join(command_name(c) for c in chosen[:-1])
             todo = f"Choose that, or leave {_option(name)} out"
             raise must(_option(name), f"go with {' or '.join(owners)}", got, todo)
 
@@ -259,6 +261,11 @@ def describe(part: Any) -> str:
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
-        if value != default or field.name == "objective":
-            shown.append(describe(value) if field.name == "objective" else f"{field.name}={describe(value) if dataclasses.is_dataclass(value) else value}")
+        text = (
+            describe(value) if dataclasses.is_dataclass(value) else f"{value:g}" if type(value) is float else str(value)
+        )
+        if field.name == "objective":  # what a shape wraps
+            shown.append(text)
+        elif value != default:
+            shown.append(f"{field.name}={text}")
     return f"{type(part).__name__}({', '.join(shown)})"

@@ -9,7 +9,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ Runs = Mapping[str, Run]
 Evaluations = Mapping[str, Evaluation]
 
 # Told apart by line and by lightness, so that print and every eye can follow; colours after Okabe & Ito.
-STYLES = [("#000000", "-"), ("#d55e00", "--"), ("#0072b2", "-."), ("#e69f00", ":"), ("#009e73", (0, (5, 1, 1, 1, 1, 1)))]
+COLOURS = ("#000000", "#d55e00", "#0072b2", "#e69f00", "#009e73")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 
 # --- the table --------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def results(runs: Runs, evaluations: Evaluations, paired: bool) -> list[dict[str
         if paired and len(runs) > 1:
             row["less the first's"] = "" if found is first else _difference(found, first)
         units = sum(len(a) for a in found.activity.values())
-        row |= {name: f"{getattr(found, attribute):.2f}" for name, attribute in (("ELBO", "elbo"), ("rate", "rate"), ("distortion", "distortion"))}
+        row |= {"ELBO": f"{found.elbo:.2f}", "rate": f"{found.rate:.2f}", "distortion": f"{found.distortion:.2f}"}
         row["active units"] = "" if found.total_active_units is None else f"{found.total_active_units}/{units}"
         row["seconds"] = f"{sum(r['seconds'] for r in run.history):.1f}"
         rows.append(row)
@@ -63,14 +64,18 @@ def _difference(a: Evaluation, b: Evaluation) -> str:
     return f"{gap.mean():+.2f} ± {gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else math.nan:.2f}"
 
 
-def caption(evaluations: Evaluations) -> str:
+def caption(evaluations: Evaluations, paired: bool) -> str:
     """What the table's numbers are."""
-    data = sorted({e.num_data for e in evaluations.values()})
-    particles = sorted({e.num_particles for e in evaluations.values()})
-    return (
-        f"Nats per datum over {' or '.join(map(str, data))} data; NLL with K = {' or '.join(map(str, particles))} importance samples, "
-        "s.e. from the choice of data; seconds of training."
+    data = " or ".join(str(n) for n in sorted({e.num_data for e in evaluations.values()}))
+    particles = " or ".join(str(k) for k in sorted({e.num_particles for e in evaluations.values()}))
+    text = (
+        f"Nats per datum over {data} data. NLL with K = {particles} importance samples, s.e. from the choice of data. "
     )
+    if not paired:
+        text += "The runs were not measured on one and the same data: their NLLs do not compare. "
+    elif len(evaluations) > 1:
+        text += "Less the first's: the NLLs subtracted datum by datum. "
+    return text + "Seconds of training."
 
 
 # --- the figures ------------------------------------------------------------------------------------------------
@@ -85,8 +90,8 @@ def curves(runs: Runs) -> Figure:
         settled = []
         for i, (label, run) in enumerate(runs.items()):
             rows = [(row["epoch"], row[name]) for row in run.history if name in row]
-            colour, line = STYLES[i % len(STYLES)]
-            axes.plot(*zip(*rows, strict=True), color=colour, linestyle=line, linewidth=1.6, label=label)
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
+            axes.plot(*zip(*rows, strict=True), linewidth=1.6, label=label, **style)
             settled += [value for _, value in rows[len(rows) // 10 :]]
         low, high = min(settled), max(settled)  # the first epochs would flatten everything after them
         margin = 0.05 * (high - low) or 1.0
@@ -95,14 +100,16 @@ def curves(runs: Runs) -> Figure:
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
     if len(runs) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False
+        )
     return figure
 
 
 def kl_per_dimension(evaluations: Evaluations) -> Figure:
     """The rate of every latent dimension, largest first; hollow bars are dimensions that are not active.
 
-    Dimensions of a site whose guide or prior does not factorise have no rate of their own and are left out.
+    Dimensions of a site whose guide or prior does not factorise have no rates of their own and are left out.
     """
     columns = min(4, len(evaluations))
     rows = math.ceil(len(evaluations) / columns)
@@ -113,9 +120,13 @@ def kl_per_dimension(evaluations: Evaluations) -> Figure:
         activity = [found.activity.get(site, np.full(len(r), np.inf)) for site, r in found.rate_per_dimension.items()]
         active = np.concatenate([np.ravel(a) for a in activity] or [np.zeros(0)]) > ACTIVE
         order = np.argsort(-rate)
-        axes.bar(np.arange(1, len(rate) + 1), rate[order], color=np.where(active[order], "0.25", "1.0"), edgecolor="0.25", linewidth=0.6)
+        colour = np.where(active[order], "0.25", "1.0").tolist()
+        axes.bar(np.arange(1, len(rate) + 1), rate[order], color=colour, edgecolor="0.25", linewidth=0.6)
         axes.set(title=label, xlabel="latent dimension, by rate")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        if not len(rate):
+            axes.text(0.5, 0.5, "does not factorise", ha="center", transform=axes.transAxes)
+            axes.set_xticks([])
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(panels):
         axes.set_visible(False)
@@ -177,7 +188,9 @@ def _image_shape(run: Run, data_dim: int) -> tuple[int, int]:
 # --- the page ---------------------------------------------------------------------------------------------------
 
 
-def write_report(runs: Runs, evaluations: Evaluations, data: Mapping[str, Any], path: str | Path, *, paired: bool = True) -> Path:
+def write_report(
+    runs: Runs, evaluations: Evaluations, data: Mapping[str, Any], path: str | Path, *, paired: bool = True
+) -> Path:
     """One self-contained HTML page: table, curves, rates, samples, reconstructions, settings, versions.
 
     Args:
@@ -195,8 +208,7 @@ def write_report(runs: Runs, evaluations: Evaluations, data: Mapping[str, Any], 
         title=", ".join(runs),
         version=__version__,
         rows=results(runs, evaluations, paired),
-        caption=caption(evaluations),
-        paired=paired,
+        caption=caption(evaluations, paired),
         objectives={label: describe(run.objective) for label, run in runs.items()},
         curves=as_uri(curves(runs), "svg"),
         kl=as_uri(kl_per_dimension(evaluations), "svg"),

@@ -9,7 +9,7 @@ from elbozoo.inference.gradients import STL, DReG, GradientEstimator, Pathwise, 
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Bound, Objective, Renyi
 from elbozoo.inference.optimizers import Adam
 
-# TMP from elbozoo.inference.posterior import to_arviz
+from elbozoo.inference.posterior import to_arviz
 from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, Shape
 from elbozoo.inference.terms import Site, Terms
 from elbozoo.inference.training import Run, fit
@@ -44,5 +44,7 @@ __all__ = [
     "Shape",
     "Site",
     "Terms",
+    "evaluate",
     "fit",
+    "to_arviz",
 ]

@@ -1,11 +1,13 @@
 """The NumPyro engine: the one file that reads NumPyro traces.
 
-:class:`Loss` is a ``numpyro.infer.ELBO``; hand it to ``numpyro.infer.SVI`` with any model and guide. :class:`Program` wraps a model and a
+:class:`Loss` is a ``numpyro.infer.ELBO``; hand it to ``numpyro.infer.SVI`` with any model and guide.
+:class:`Program` wraps a model and a
 guide for the harness.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,20 +79,26 @@ def _samples(tr: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
     everything = [s for tr in (model_trace, guide_trace) for s in _samples(tr).values()]
-    shared = frozenset.intersection(*(frozenset(s["cond_indep_stack"]) for s in everything)) if everything else frozenset()
+    shared = (
+        frozenset.intersection(*(frozenset(s["cond_indep_stack"]) for s in everything)) if everything else frozenset()
+    )
     scale = 1.0
     for frame in shared:
         size = model_trace[frame.name]["args"][0] if frame.name in model_trace else frame.size
         scale *= size / frame.size
     unshared = not shared and any(s["cond_indep_stack"] or s["fn"].batch_shape for s in everything)
     latent, observed = (
-        frozenset().union(*(s["cond_indep_stack"] for s in everything if s["is_observed"] is seen)) for seen in (False, True)
+        frozenset().union(*(s["cond_indep_stack"] for s in everything if s["is_observed"] is seen))
+        for seen in (False, True)
     )
     joint = unshared or bool(latent & observed - shared)
     sites = {
-        n: (bool(s["is_observed"] or s["fn"].has_rsample), type(_strip(s["fn"])[0]).__name__) for n, s in _samples(guide_trace).items()
+        n: (bool(s["is_observed"] or s["fn"].has_rsample), type(_strip(s["fn"])[0]).__name__)
+        for n, s in _samples(guide_trace).items()
     }
-    return _Layout(tuple(sorted(f.dim for f in shared)), scale, joint, 1.0 if shared else _data_size(model_trace), sites)
+    return _Layout(
+        tuple(sorted(f.dim for f in shared)), scale, joint, 1.0 if shared else _data_size(model_trace), sites
+    )
 
 
 def _data_size(model_trace: Any) -> float:
@@ -113,7 +121,10 @@ def _strip(fn: Any) -> tuple[Any, int]:
 
 
 def _log_prob(site: Any, layout: _Layout) -> tuple[jax.Array, bool]:
-    """Per-dimension log density ``(*P, D)`` and whether it factorises over event dims; the shared plates' scale divided out."""
+    """Per-dimension log density ``(*P, D)`` and whether it factorises over event dims;
+
+    The shared plates' scale divided out.
+    """
     fn, factors = _strip(site["fn"])
     if fn.event_dim:
         fn, factors = site["fn"], 0
@@ -124,7 +135,9 @@ def _log_prob(site: Any, layout: _Layout) -> tuple[jax.Array, bool]:
 
 
 def _rescale(x: jax.Array, site: Any, layout: _Layout, event_ndim: int) -> jax.Array:
-    """``x`` (whose last ``event_ndim`` dims are the site's event dims) times the site's scale, the shared plates' scale divided out."""
+    """``x`` (whose last ``event_ndim`` dims are the site's event dims) times the site's scale, the shared plates'
+    scale divided out.
+    """
     scale = 1.0 if site["scale"] is None else site["scale"]
     if isinstance(scale, float | int):
         return x if scale == layout.scale else x * (scale / layout.scale)
@@ -138,13 +151,16 @@ def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout) -> jax.Array
     if factors == 0:
         q, p = guide_site["fn"], model_site["fn"]
     scale, guide_scale = model_site["scale"], guide_site["scale"]
-    if scale is not guide_scale and not (isinstance(scale, float | int) and isinstance(guide_scale, float | int) and scale == guide_scale):
+    if scale is not guide_scale and not (
+        isinstance(scale, float | int) and isinstance(guide_scale, float | int) and scale == guide_scale
+    ):
         return None
     try:
         kl = kl_divergence(q, p)
     except NotImplementedError:
         return None
-    kl = jnp.broadcast_to(kl, jnp.broadcast_shapes(q.batch_shape, p.batch_shape))  # the KL of a site masked by False is a plain 0.0
+    # the KL of a site masked by False is a plain 0.0
+    kl = jnp.broadcast_to(kl, jnp.broadcast_shapes(q.batch_shape, p.batch_shape))
     kl = plates_first(_rescale(kl, model_site, layout, factors), kl.ndim - factors, layout.dims)
     return kl if factors or guide_site["fn"].event_dim == 0 else kl.sum(axis=-1, keepdims=True)
 
@@ -152,7 +168,8 @@ def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout) -> jax.Array
 def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
     """Everything the model's site may depend on was drawn before it in the guide.
 
-    Every latent that precedes the site in the model counts as a possible parent: sufficient, never wrong, and it sees a bottom-up guide.
+    Every latent that precedes the site in the model counts as a possible parent: sufficient, never wrong, and it
+    sees a bottom-up guide.
     """
     order = list(guide_trace)
     before = order[: order.index(name)]
@@ -166,9 +183,7 @@ def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
 
 def _site_arrays(guide_trace: Any, model_trace: Any, layout: _Layout, analytic_kl: bool) -> dict[str, Any]:
     """One particle's arrays: observed log densities and per-site terms."""
-    observed = {
-        n: _log_prob(s, layout)[0].sum(axis=-1) for n, s in _samples(model_trace).items() if s["is_observed"]
-    }
+    observed = {n: _log_prob(s, layout)[0].sum(axis=-1) for n, s in _samples(model_trace).items() if s["is_observed"]}
     sites: dict[str, Any] = {}
     for name, site in _samples(guide_trace).items():
         guide_terms, guide_factors = _log_prob(site, layout)
@@ -189,14 +204,29 @@ def _site_arrays(guide_trace: Any, model_trace: Any, layout: _Layout, analytic_k
 def _check_match(model_trace: Any, guide_trace: Any) -> None:
     for name, site in _samples(model_trace).items():
         if not site["is_observed"] and name not in guide_trace:
-            raise must("guide", "draw every latent site of the model", f"no site '{name}'", f"Add numpyro.sample('{name}', …) to the guide")
+            raise must(
+                "guide",
+                "draw every latent site of the model",
+                f"no site '{name}'",
+                f"Add numpyro.sample('{name}', …) to the guide",
+            )
     for name, site in _samples(guide_trace).items():
         if site["is_observed"] or site["infer"].get("is_auxiliary"):
             continue
         if name not in model_trace:
-            raise must("guide", "draw only latent sites of the model", f"'{name}'", "Mark an auxiliary site with infer={'is_auxiliary': True}")
+            raise must(
+                "guide",
+                "draw only latent sites of the model",
+                f"'{name}'",
+                "Mark an auxiliary site with infer={'is_auxiliary': True}",
+            )
         if model_trace[name]["is_observed"]:
-            raise must("guide", "draw only latent sites of the model", f"the observed site '{name}'", "Remove it from the guide")
+            raise must(
+                "guide",
+                "draw only latent sites of the model",
+                f"the observed site '{name}'",
+                "Remove it from the guide",
+            )
     check_model_guide_match(model_trace, guide_trace)
 
 
@@ -204,12 +234,22 @@ def _check_match(model_trace: Any, guide_trace: Any) -> None:
 
 
 def particles(
-    key: jax.Array, params: Params, model: Callable, guide: Callable, args: tuple = (), kwargs: Mapping[str, Any] | None = None, *,
-    num_particles: int = 1, analytic_kl: bool = False, step: Any = 0, vectorize: bool | Callable = True,
+    key: jax.Array,
+    params: Params,
+    model: Callable,
+    guide: Callable,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_particles: int = 1,
+    analytic_kl: bool = False,
+    step: Any = 0,
+    vectorize: bool | Callable = True,
 ) -> tuple[Terms, dict[str, Any]]:
     r"""Run guide and model for ``num_particles`` particles.
 
-    Keys are split as in NumPyro's ``RenyiELBO`` (one for plates, then one a particle), so that equal seeds draw equal values.
+    Keys are split as in NumPyro's ``RenyiELBO`` (one for plates, then one a particle), so that equal seeds draw
+    equal values.
 
     Returns:
         The :class:`Terms` (with shapes ``(K, *P)``) and the new values of mutable sites (those of the first particle).
@@ -221,7 +261,9 @@ def particles(
     keys = random.split(key, num_particles)
     layouts: list[_Layout] = []
 
-    def traces(key: jax.Array, guide_params: Params, values: Mapping[str, jax.Array] | None) -> tuple[Any, Any, dict[str, Any]]:
+    def traces(
+        key: jax.Array, guide_params: Params, values: Mapping[str, jax.Array] | None
+    ) -> tuple[Any, Any, dict[str, Any]]:
         model_seed, guide_seed = random.split(key)
         handler = _StopUnreparameterised() if values is None else _Assign(values)
         with handler:
@@ -244,7 +286,10 @@ def particles(
 
     def again(key: jax.Array, values: Mapping[str, jax.Array], ratio: jax.Array | None) -> dict[str, Any]:
         if ratio is not None:
-            values = {n: _scale_gradient(v, _align(ratio, v.ndim - event_ndims[n], event_ndims[n], layout.dims)) for n, v in values.items()}
+            values = {
+                n: _scale_gradient(v, _align(ratio, v.ndim - event_ndims[n], event_ndims[n], layout.dims))
+                for n, v in values.items()
+            }
         model_trace, guide_trace, _ = traces(key, stop_gradient(params), values)
         return _site_arrays(guide_trace, model_trace, layout, False)
 
@@ -261,7 +306,11 @@ def particles(
     values = out["values"]
 
     def refreeze(ratio: jax.Array | None) -> Terms:
-        frozen = each(partial(again, ratio=None), keys, values) if ratio is None else each(again, keys, values, stop_gradient(ratio))
+        frozen = (
+            each(partial(again, ratio=None), keys, values)
+            if ratio is None
+            else each(again, keys, values, stop_gradient(ratio))
+        )
         return _terms(frozen, layout, step, values)
 
     terms = replace(_terms(out, layout, step, values), refreeze=refreeze, redraw=lambda: each(score, keys, values))
@@ -279,14 +328,26 @@ def _vectorizer(vectorize: bool | Callable, num_particles: int) -> Callable:
 
 
 def _terms(out: dict[str, Any], layout: _Layout, step: Any, values: Mapping[str, jax.Array]) -> Terms:
-    sites = {n: Site(**a, reparameterised=layout.sites[n][0], guide_family=layout.sites[n][1]) for n, a in out["sites"].items()}
+    sites = {
+        n: Site(**a, reparameterised=layout.sites[n][0], guide_family=layout.sites[n][1])
+        for n, a in out["sites"].items()
+    }
     observed = out["observed"]
     like = next(iter([*(s.log_prior for s in sites.values()), *observed.values()]), None)
     if like is None:
-        raise must("program", "have a sample site", "none", "Add numpyro.sample statements to model and guide", InvalidArgument)
+        raise must(
+            "program", "have a sample site", "none", "Add numpyro.sample statements to model and guide", InvalidArgument
+        )
     log_lik = sum(observed.values(), start=jnp.zeros_like(like))
     return Terms(
-        log_lik, sites, step=step, scale=layout.scale, joint=layout.joint, data_per_entry=layout.data_per_entry, observed=observed, values=values
+        log_lik,
+        sites,
+        step=step,
+        scale=layout.scale,
+        joint=layout.joint,
+        data_per_entry=layout.data_per_entry,
+        observed=observed,
+        values=values,
     )
 
 
@@ -308,7 +369,10 @@ def _align(ratio: jax.Array, batch_ndim: int, event_ndim: int, dims: tuple[int, 
 
 
 def value_and_surrogate(objective: Objective, terms: Terms) -> tuple[jax.Array, jax.Array]:
-    """``(-scale Σ bound, the same value with the surrogate's gradient)``: what a loss returns and what is differentiated."""
+    """``(-scale Σ bound, the same value with the surrogate's gradient)``:
+
+    What a loss returns and what is differentiated.
+    """
     value = -terms.scale * stop_gradient(objective.bound(terms)).sum()
     surrogate = -terms.scale * objective.surrogate(terms).sum()
     return value, value + surrogate - stop_gradient(surrogate)
@@ -324,11 +388,12 @@ class Loss(NumPyroELBO):
 
         svi = numpyro.infer.SVI(model, guide, optax.adam(1e-3), loss=Loss(IWAE(50)))
 
-    Its value is minus the *unshaped* bound summed over the shared plates (times their subsample scale); its gradient is that of the objective's
-    surrogate. A schedule needs a step counter: pass ``loss.guide(guide)`` to ``SVI`` in place of ``guide``.
+    Its value is minus the *unshaped* bound summed over the shared plates (times their subsample scale); its gradient
+    is that of the objective's surrogate. A schedule needs a step counter: pass ``loss.guide(guide)`` to ``SVI`` in
+    place of ``guide``.
 
-    Plates that every site shares give per-datum weights. A site outside them (a global latent) makes one joint weight for the whole batch; a
-    warning says so once.
+    Plates that every site shares give per-datum weights. A site outside them (a global latent) makes one joint weight
+    for the whole batch; a warning says so once.
 
     Args:
         objective: bound, gradient and shape.
@@ -357,11 +422,24 @@ class Loss(NumPyroELBO):
     ) -> Any:
         step = param_map.get(_STEP, 0)  # absent from svi.evaluate, which reports the unshaped bound and needs none
         terms, mutable = particles(
-            rng_key, param_map, model, guide, args, kwargs, num_particles=self.num_particles,
-            analytic_kl=self.objective.uses_analytic_kl, step=step, vectorize=self.vectorize_particles,
+            rng_key,
+            param_map,
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=self.num_particles,
+            analytic_kl=self.objective.uses_analytic_kl,
+            step=step,
+            vectorize=self.vectorize_particles,
         )
         if self.objective.uses_step and _STEP not in mutable:
-            raise must("guide", "carry a step counter under an objective with a schedule", "a plain guide", "Pass loss.guide(guide) to SVI")
+            raise must(
+                "guide",
+                "carry a step counter under an objective with a schedule",
+                "a plain guide",
+                "Pass loss.guide(guide) to SVI",
+            )
         self.objective.check(terms)
         if _STEP in mutable:
             mutable[_STEP] = step + 1
@@ -393,8 +471,9 @@ class _Bound:
 class Program:
     r"""A NumPyro model and its amortised guide, with or without trained parameters.
 
-    ``program.model`` and ``program.guide`` are plain callables for NumPyro's own ``SVI``, ``Predictive``, handlers and MCMC. Once parameters are
-    bound (by ``fit`` or ``with_weights``) they carry them, as ``param`` sites that an outer ``SVI`` would go on training; ``frozen()`` hides them.
+    ``program.model`` and ``program.guide`` are plain callables for NumPyro's own ``SVI``, ``Predictive``, handlers
+    and MCMC. Once parameters are bound (by ``fit`` or ``with_weights``) they carry them, as ``param`` sites that an
+    outer ``SVI`` would go on training; ``frozen()`` hides them.
 
     Args:
         model_fn, guide_fn: callables with the same arguments.
@@ -430,7 +509,12 @@ class Program:
         Raises: InvalidArgument when no parameters are bound yet.
         """
         if self.params is None:
-            raise must("program", "have parameters to freeze", "an untrained program", "Use run.program, or program.with_weights(…)")
+            raise must(
+                "program",
+                "have parameters to freeze",
+                "an untrained program",
+                "Use run.program, or program.with_weights(…)",
+            )
         params = self._all_params()
         return Program(_Bound(self.model_fn, params, True), _Bound(self.guide_fn, params, True), self.spec, params={})
 
@@ -470,12 +554,18 @@ class Program:
 
         Args:
             weights: NumPy arrays in torch's names and layouts.
-            example: arguments to run the program on once, for its parameters' structure; not needed for programs of the zoo.
+            example: arguments to run the program on once, for its parameters' structure; not needed for programs of
+                the zoo.
         Raises: InvalidArgument naming missing or unexpected weights and wrong shapes.
         """
         if not example:
             if self.spec is None:
-                raise must("example", "be given for a program without a spec", "nothing", "Pass a small batch of data: with_weights(weights, x)")
+                raise must(
+                    "example",
+                    "be given for a program without a spec",
+                    "nothing",
+                    "Pass a small batch of data: with_weights(weights, x)",
+                )
             example = (jnp.zeros((1, self.spec.data_dim)),)
         untrained = replace(self, params=None)
         template, mutable = jax.jit(lambda key: untrained.init(key, *example)[::2])(random.key(0))
@@ -483,7 +573,13 @@ class Program:
         return self.with_params(jax.tree.map(jnp.asarray, params), mutable or None)
 
     def apply(
-        self, fn: Callable[[Terms], Any], args: tuple, *, num_particles: int = 1, seed: int = 0, analytic_kl: bool = False
+        self,
+        fn: Callable[[Terms], Any],
+        args: tuple,
+        *,
+        num_particles: int = 1,
+        seed: int = 0,
+        analytic_kl: bool = False,
     ) -> Any:
         """``fn(terms)`` for fresh particles on the data ``args``, compiled once a shape; a tree of NumPy arrays."""
         cache = self.__dict__.setdefault("_compiled", {})
@@ -491,19 +587,30 @@ class Program:
         if key not in cache:
 
             def compute(seed: Any, params: Params, args: tuple) -> Any:
-                terms, _ = particles(random.key(seed), params, self.model_fn, self.guide_fn, args, num_particles=num_particles, analytic_kl=analytic_kl)
+                terms, _ = particles(
+                    random.key(seed),
+                    params,
+                    self.model_fn,
+                    self.guide_fn,
+                    args,
+                    num_particles=num_particles,
+                    analytic_kl=analytic_kl,
+                )
                 return fn(terms)
 
             cache[key] = jax.jit(compute)
         return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args))
 
-    def predict(self, args: tuple, *, num_particles: int = 1, seed: int = 0, prior: bool = False) -> dict[str, dict[str, np.ndarray]]:
+    def predict(
+        self, args: tuple, *, num_particles: int = 1, seed: int = 0, prior: bool = False
+    ) -> dict[str, dict[str, np.ndarray]]:
         """Draws of the latents and of every observed site given them.
 
         Args:
             args: the data (its shapes alone matter when ``prior``).
             prior: draw latents from the model instead of the guide.
-        Returns: ``{"latent": {site: (K, …)}, "observed": {site: (K, …)}, "mean": {site: (K, …)}}``; "mean" holds the sites whose
+        Returns: ``{"latent": {site: (K, …)}, "observed": {site: (K, …)}, "mean": {site: (K, …)}}``; "mean" holds the
+            sites whose
             distribution has one.
         """
         cache = self.__dict__.setdefault("_compiled", {})
@@ -513,23 +620,32 @@ class Program:
                 model_key, guide_key, draw_key = random.split(key, 3)
                 model = substitute(seed_handler(self.model_fn, model_key), data=params)
                 if not prior:
-                    model = replay(model, trace(substitute(seed_handler(self.guide_fn, guide_key), data=params)).get_trace(*args))
+                    model = replay(
+                        model, trace(substitute(seed_handler(self.guide_fn, guide_key), data=params)).get_trace(*args)
+                    )
                 out: dict[str, dict[str, Any]] = {"latent": {}, "observed": {}, "mean": {}}
                 for i, (name, site) in enumerate(_samples(trace(model).get_trace(*args)).items()):
                     if not site["is_observed"]:
                         out["latent"][name] = site["value"]
                     elif site["fn"].shape():
                         out["observed"][name] = site["fn"].sample(random.fold_in(draw_key, i))
-                        try:
+                        with contextlib.suppress(NotImplementedError):  # not every distribution has a mean
                             out["mean"][name] = site["fn"].mean
-                        except NotImplementedError:
-                            pass
                 return out
 
-            cache[key] = jax.jit(lambda s, params, args: jax.vmap(lambda k: one(k, params, args))(random.split(random.key(s), num_particles)))
+            cache[key] = jax.jit(
+                lambda s, params, args: jax.vmap(lambda k: one(k, params, args))(
+                    random.split(random.key(s), num_particles)
+                )
+            )
         return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args))
 
     def _all_params(self) -> Params:
         if self.params is None:
-            raise must("program", "have trained parameters", "an untrained program", "Call fit(program, data) first, or program.with_weights(…)")
+            raise must(
+                "program",
+                "have trained parameters",
+                "an untrained program",
+                "Call fit(program, data) first, or program.with_weights(…)",
+            )
         return {**self.params, **(self.mutable or {})}

@@ -1,9 +1,12 @@
-"""Training on JAX: an epoch is one compiled ``lax.scan`` over data that lives on the device; replicates are a ``vmap`` of it."""
+"""Training on JAX: an epoch is one compiled ``lax.scan`` over data that lives on the device;
+
+Replicates are a ``vmap`` of it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +26,9 @@ from elbozoo.inference.recording import first_non_finite, step_metrics
 
 
 class State(NamedTuple):
-    """Everything that training carries from step to step (a leading replicate axis on every leaf, where there are replicates)."""
+    """Everything that training carries from step to step (a leading replicate axis on every leaf, where there are
+    replicates).
+    """
 
     params: Params  # unconstrained
     optimizer: Any
@@ -40,12 +45,25 @@ class Trainer:
     """
 
     def __init__(
-        self, program: Program, objective: Objective, optimizer: Any, data: tuple, *, seeds: list[int], redraw_pixels: bool, device: str | None
+        self,
+        program: Program,
+        objective: Objective,
+        optimizer: Any,
+        data: tuple,
+        *,
+        seeds: list[int],
+        redraw_pixels: bool,
+        device: str | None,
     ):
         self.program, self.objective = program, objective
         self.optimizer = optimizer.optax() if isinstance(optimizer, Adam) else optimizer
         if not isinstance(self.optimizer, optax.GradientTransformation):
-            raise must("optimizer", "be an Adam or an optax GradientTransformation for a NumPyro program", type(optimizer).__name__, "Pass optax.adam(1e-3)")
+            raise must(
+                "optimizer",
+                "be an Adam or an optax GradientTransformation for a NumPyro program",
+                type(optimizer).__name__,
+                "Pass optax.adam(1e-3)",
+            )
         self.device = _device(device)
         self.redraw_pixels, self.replicated = redraw_pixels, len(seeds) > 1
         with self._on_device():
@@ -53,7 +71,9 @@ class Trainer:
             example = jax.tree.map(lambda a: a[:1], self.data)
             constraints = self._constraints(example)
             if not constraints:
-                raise must("program", "have a parameter to train", "none", "Add numpyro.param or a network to model or guide")
+                raise must(
+                    "program", "have a parameter to train", "none", "Add numpyro.param or a network to model or guide"
+                )
             self.transforms = {n: biject_to(c) for n, c in constraints.items()}
             init = partial(self._init, example=example)
             keys = jnp.stack([random.PRNGKey(s) for s in seeds])
@@ -96,8 +116,14 @@ class Trainer:
 
     def _terms(self, params: Params, mutable: Params, batch: tuple, key: jax.Array, step: jax.Array) -> Any:
         terms, mutable = particles(
-            key, {**self._constrain(params), **mutable}, self.program.model_fn, self.program.guide_fn, batch,
-            num_particles=self.objective.num_particles, analytic_kl=self.objective.uses_analytic_kl, step=step,
+            key,
+            {**self._constrain(params), **mutable},
+            self.program.model_fn,
+            self.program.guide_fn,
+            batch,
+            num_particles=self.objective.num_particles,
+            analytic_kl=self.objective.uses_analytic_kl,
+            step=step,
         )
         self.objective.check(terms)
         return terms, mutable
@@ -159,7 +185,8 @@ class Trainer:
         return None
 
     def blame(self, index: np.ndarray) -> tuple[str, int]:
-        """Name the site (else the parameter, by its gradient) that the next step would make non-finite, and the replicate.
+        """Name the site (else the parameter, by its gradient) that the next step would make non-finite, and the
+        replicate.
 
         Args:
             index: the step's minibatches, ``(replicates, batch)``.
@@ -168,12 +195,11 @@ class Trainer:
             state = self._replicate(replicate)
             pixel_key, key = random.split(random.fold_in(state.key, state.step))
             with self._on_device(), validation_enabled(False):  # run op by op, NumPyro would refuse what is to be named
-                batch = self._batch(self.data, index[replicate], pixel_key)
+                batch = self._batch(self.data, jnp.asarray(index[replicate]), pixel_key)
                 terms = partial(self._terms, mutable=state.mutable, batch=batch, key=key, step=state.step)
                 name = first_non_finite(terms(state.params)[0])
                 if not name:
-                    surrogate = self.objective.surrogate
-                    name = _non_finite(jax.grad(lambda p, terms=terms: surrogate(terms(p)[0]).mean())(state.params))
+                    name = _non_finite(jax.grad(partial(self._mean_surrogate, terms))(state.params))
             if name:
                 return name, replicate
         return "the bound", 0
@@ -181,6 +207,9 @@ class Trainer:
     @property
     def _count(self) -> int:
         return self.state.step.shape[0] if self.replicated else 1
+
+    def _mean_surrogate(self, terms: Callable, params: Params) -> jax.Array:
+        return self.objective.surrogate(terms(params)[0]).mean()
 
     def _replicate(self, index: int) -> State:
         return jax.tree.map(lambda x: x[index], self.state) if self.replicated else self.state
@@ -199,9 +228,19 @@ class Trainer:
         """Take the state of a checkpoint. Raises: CorruptFile when it is of another program or optimizer."""
         leaves, tree = jax.tree_util.tree_flatten_with_path(self.state)
         names = [jax.tree_util.keystr(path) for path, _ in leaves]
-        wrong = [n for n, (_, leaf) in zip(names, leaves, strict=True) if n not in arrays or arrays[n].shape != leaf.shape or arrays[n].dtype != leaf.dtype]
+        wrong = [
+            n
+            for n, (_, leaf) in zip(names, leaves, strict=True)
+            if n not in arrays or arrays[n].shape != leaf.shape or arrays[n].dtype != leaf.dtype
+        ]
         if wrong or len(names) != len(arrays):
-            raise must("checkpoint", "hold the state of this program and optimizer", f"a mismatch at {wrong[:3] or 'extra arrays'}", "Resume with the settings it was started with", CorruptFile)
+            raise must(
+                "checkpoint",
+                "hold the state of this program and optimizer",
+                f"a mismatch at {wrong[:3] or 'extra arrays'}",
+                "Resume with the settings it was started with",
+                CorruptFile,
+            )
         with self._on_device():
             self.state = jax.tree_util.tree_unflatten(tree, [jnp.asarray(arrays[n]) for n in names])
 
@@ -224,4 +263,9 @@ def _device(name: str | None) -> Any:
         return jax.devices(name)[0]
     except RuntimeError as error:
         found = sorted({d.platform for d in jax.devices()})
-        raise must("device", "be one that JAX can see here", repr(name), f"Use one of {found}, or install jax with support for it") from error
+        raise must(
+            "device",
+            "be one that JAX can see here",
+            repr(name),
+            f"Use one of {found}, or install jax with support for it",
+        ) from error

@@ -111,8 +111,8 @@ class Bound(Objective):
         if terms.joint and self.num_particles > 1 and not isinstance(self, ELBO) and tuple(terms.sites) not in seen:
             seen.add(tuple(terms.sites))
             warnings.warn(
-                f"{type(self).__name__}: a sample site lies outside the data plate, so each particle has one joint weight "
-                "for the whole batch and the bound is as loose as that weight is variable. Put every latent inside the "
+                f"{type(self).__name__}: a sample site lies outside the data plate, so each particle has one joint "
+                "weight for the whole batch and the bound is as loose as that weight is variable. Put every latent inside the "
                 "plate for per-datum weights, or use ELBO.",
                 stacklevel=2,
             )

@@ -52,7 +52,8 @@ class Adam:
         """The torch optimiser (one fused kernel over all parameters)."""
         import torch
 
-        return torch.optim.Adam(list(params), lr=self.at(0), betas=(self.b1, self.b2), eps=self.eps, fused=True)
+        rate = 0.0 if callable(self.learning_rate) else self.learning_rate  # a function's value is set before every step
+        return torch.optim.Adam(list(params), lr=rate, betas=(self.b1, self.b2), eps=self.eps, fused=True)
 
     def at(self, step: int) -> float:
         """The learning rate at ``step``."""

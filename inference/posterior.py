@@ -51,7 +51,8 @@ def to_arviz(
 
     Dims: ``chain`` (of size 1), ``draw``, ``data`` for the plate, ``<site>_dim`` for a latent's own axis
     (``<site>_dim_0``, … where it has several), and for an observation ``pixel``, or ``height`` and ``width`` (after
-    ``channel`` where there is more than one) where the spec knows an image shape, or ``<site>_dim`` without a spec.
+    ``channel`` where there is more than one) where the spec knows an image shape, or ``<site>_dim`` without a spec. A
+    slash in a scoped site's name becomes a dot.
 
     Do not measure or rank models by ``arviz.loo`` on these draws. Each ``z_n`` belongs to one ``x_n``: with ``x_n``
     left out nothing is known of ``z_n``, so its leave-one-out posterior is the prior, far from the draws, which were

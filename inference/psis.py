@@ -18,7 +18,7 @@ LARGE_K = 0.7
 
 _LEAST_TAIL = 5  # draws needed to fit two parameters
 _PRIOR_DRAWS, _PRIOR_K = 10, 0.5  # the weakly informative prior on k
-_BLOCK = 2**20  # entries of one work array
+_BLOCK = 2**16  # entries of one work array
 
 
 def tail_size(num_draws: int) -> int:

@@ -1,11 +1,13 @@
 """The Pyro engine: the one file that reads Pyro traces.
 
-:class:`Loss` is a ``pyro.infer.ELBO``; hand it to ``pyro.infer.SVI`` with any model and guide. :class:`Program` wraps a model and a guide for
+:class:`Loss` is a ``pyro.infer.ELBO``; hand it to ``pyro.infer.SVI`` with any model and guide. :class:`Program`
+wraps a model and a guide for
 the harness.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -49,13 +51,17 @@ def _samples(trace: Any) -> dict[str, Any]:
     """Sample statements: neither subsample indices nor ``pyro.deterministic``, which Pyro records as samples too."""
     nodes = trace.nodes.items()
     return {
-        n: s for n, s in nodes if s["type"] == "sample" and not site_is_subsample(s) and not s["infer"].get("_deterministic")
+        n: s
+        for n, s in nodes
+        if s["type"] == "sample" and not site_is_subsample(s) and not s["infer"].get("_deterministic")
     }
 
 
 def _frames(site: Any) -> frozenset[tuple[str, int, int, int]]:
     return frozenset(
-        (f.name, f.dim, f.size, f.full_size or f.size) for f in site["cond_indep_stack"] if f.vectorized and f.name != _PARTICLES
+        (f.name, f.dim, f.size, f.full_size or f.size)
+        for f in site["cond_indep_stack"]
+        if f.vectorized and f.name != _PARTICLES
     )
 
 
@@ -67,9 +73,16 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
         scale *= full / size
     particle_dims = int(any(f.name == _PARTICLES for s in everything for f in s["cond_indep_stack"]))  # the leftmost
     unshared = not shared and any(_frames(s) or len(s["fn"].batch_shape) > particle_dims for s in everything)
-    latent, observed = (frozenset().union(*(_frames(s) for s in everything if s["is_observed"] is seen)) for seen in (False, True))
+    latent, observed = (
+        frozenset().union(*(_frames(s) for s in everything if s["is_observed"] is seen)) for seen in (False, True)
+    )
     joint = unshared or bool(latent & observed - shared)
-    return _Layout(tuple(sorted(d for _, d, _, _ in shared)), scale, joint, 1.0 if shared else _data_size(model_trace, particle_dims))
+    return _Layout(
+        tuple(sorted(d for _, d, _, _ in shared)),
+        scale,
+        joint,
+        1.0 if shared else _data_size(model_trace, particle_dims),
+    )
 
 
 def _data_size(model_trace: Any, particle_dims: int) -> float:
@@ -105,7 +118,10 @@ def _scale_and_mask(x: torch.Tensor, site: Any, layout: _Layout, event_ndim: int
 
 
 def _log_prob(site: Any, layout: _Layout, particle_dim: int | None) -> tuple[torch.Tensor, bool]:
-    """Per-dimension log density ``(K, *P, D)`` and whether it factorises over event dims; the shared plates' scale divided out."""
+    """Per-dimension log density ``(K, *P, D)`` and whether it factorises over event dims;
+
+    The shared plates' scale divided out.
+    """
     fn, factors = _strip(site["fn"])
     if fn.event_dim:
         fn, factors = site["fn"], 0
@@ -121,7 +137,9 @@ def _lead(x: torch.Tensor, event_ndim: int, layout: _Layout, particle_dim: int |
 
 
 def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout, particle_dim: int | None) -> torch.Tensor | None:
-    """``KL(q || p)``, ``(K, *P, D)`` where both factorise alike, ``(K, *P, 1)`` elsewhere, ``None`` without a closed form."""
+    """``KL(q || p)``, ``(K, *P, D)`` where both factorise alike, ``(K, *P, 1)`` elsewhere, ``None`` without a closed
+    form.
+    """
     (q, q_factors), (p, p_factors) = _strip(guide_site["fn"]), _strip(model_site["fn"])
     factors = q_factors if q_factors == p_factors and not q.event_dim and not p.event_dim else 0
     if factors == 0:
@@ -131,7 +149,8 @@ def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout, particle_dim
     )
     if not same_scale or guide_site["mask"] is not model_site["mask"]:
         return None
-    if isinstance(q, Delta):  # torch's registry has a formula that forgets a Delta's own log density; its sample is exact
+    # torch's registry has a formula that forgets a Delta's own log density; its sample is exact
+    if isinstance(q, Delta):
         return None
     try:
         kl = kl_divergence(q, p)
@@ -144,7 +163,8 @@ def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout, particle_dim
 def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
     """Everything the model's site may depend on was drawn before it in the guide.
 
-    Every latent that precedes the site in the model counts as a possible parent: sufficient, never wrong, and it sees a bottom-up guide.
+    Every latent that precedes the site in the model counts as a possible parent: sufficient, never wrong, and it
+    sees a bottom-up guide.
     """
     order = list(guide_trace.nodes)
     before = order[: order.index(name)]
@@ -160,21 +180,39 @@ def _check_match(model_trace: Any, guide_trace: Any) -> None:
     model, guide = _samples(model_trace), _samples(guide_trace)
     for name, site in model.items():
         if not site["is_observed"] and name not in guide:
-            raise must("guide", "draw every latent site of the model", f"no site '{name}'", f"Add pyro.sample('{name}', …) to the guide")
+            raise must(
+                "guide",
+                "draw every latent site of the model",
+                f"no site '{name}'",
+                f"Add pyro.sample('{name}', …) to the guide",
+            )
     for name, site in guide.items():
         if site["is_observed"] or site["infer"].get("is_auxiliary"):
             continue
         if name not in model:
-            raise must("guide", "draw only latent sites of the model", f"'{name}'", "Mark an auxiliary site with infer={'is_auxiliary': True}")
+            raise must(
+                "guide",
+                "draw only latent sites of the model",
+                f"'{name}'",
+                "Mark an auxiliary site with infer={'is_auxiliary': True}",
+            )
         if model[name]["is_observed"]:
-            raise must("guide", "draw only latent sites of the model", f"the observed site '{name}'", "Remove it from the guide")
+            raise must(
+                "guide",
+                "draw only latent sites of the model",
+                f"the observed site '{name}'",
+                "Remove it from the guide",
+            )
 
 
 # --- from traces to terms ---------------------------------------------------------------------------------------
 
 
 class _Replay(poutine.messenger.Messenger):
-    """Give latent and subsample sites these values; with ``draw_first`` only once drawn, so that random numbers are used up as before."""
+    """Give latent and subsample sites these values;
+
+    With ``draw_first`` only once drawn, so that random numbers are used up as before.
+    """
 
     def __init__(self, values: Mapping[str, torch.Tensor], draw_first: bool = False):
         super().__init__()
@@ -191,7 +229,10 @@ class _Replay(poutine.messenger.Messenger):
 
 @contextmanager
 def _rng_of(run: _Run) -> Iterator[None]:
-    """The random state that ``run``'s guide started from: a guide with dropout must be frozen under the mask that it drew."""
+    """The random state that ``run``'s guide started from:
+
+    A guide with dropout must be frozen under the mask that it drew.
+    """
     with torch.random.fork_rng(devices=range(len(run.rng) - 1)):
         for i, state in enumerate(run.rng):
             torch.cuda.set_rng_state(state, i - 1) if i else torch.set_rng_state(state)
@@ -230,7 +271,9 @@ class _Run:
     rng: list[torch.Tensor]  # random state before the guide ran: the CPU's, then each GPU's
 
 
-def _run(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], subsamples: Mapping[str, torch.Tensor]) -> _Run:
+def _run(
+    model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], subsamples: Mapping[str, torch.Tensor]
+) -> _Run:
     rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
     with _Replay(subsamples):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -245,20 +288,30 @@ def _run(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any
 
 
 def particles(
-    model: Callable, guide: Callable, args: tuple = (), kwargs: Mapping[str, Any] | None = None, *, num_particles: int = 1,
-    analytic_kl: bool = False, step: Any = 0, vectorize: bool = True, max_plate_nesting: int | None = None,
+    model: Callable,
+    guide: Callable,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_particles: int = 1,
+    analytic_kl: bool = False,
+    step: Any = 0,
+    vectorize: bool = True,
+    max_plate_nesting: int | None = None,
 ) -> Terms:
     r"""Run guide and model for ``num_particles`` particles.
 
-    Vectorised particles sit in a plate left of every plate of the program, which must then broadcast over leading dims; otherwise the program
-    runs once a particle.
+    Vectorised particles sit in a plate left of every plate of the program, which must then broadcast over leading
+    dims; otherwise the program runs once a particle.
 
     Returns: the :class:`Terms`, with shapes ``(K, *P)``.
     """
     kwargs = dict(kwargs or {})
     particle_dim = None
     if num_particles > 1 and vectorize:
-        nesting = guess_max_plate_nesting(model, guide, args, kwargs) if max_plate_nesting is None else max_plate_nesting
+        nesting = (
+            guess_max_plate_nesting(model, guide, args, kwargs) if max_plate_nesting is None else max_plate_nesting
+        )
         particle_dim = -1 - nesting
         plate = pyro.plate(_PARTICLES, num_particles, dim=particle_dim)
         model, guide = plate(model), plate(guide)
@@ -272,7 +325,9 @@ def particles(
             return poutine.trace(guide).get_trace(*args, **kwargs)
 
     def build(guide_traces: list[Any], kl: bool) -> Terms:
-        parts = [_site_arrays(g, r.model_trace, layout, particle_dim, kl) for g, r in zip(guide_traces, runs, strict=True)]
+        parts = [
+            _site_arrays(g, r.model_trace, layout, particle_dim, kl) for g, r in zip(guide_traces, runs, strict=True)
+        ]
         return _terms(parts, runs, layout, step)
 
     def refreeze(ratio: torch.Tensor | None) -> Terms:
@@ -310,9 +365,13 @@ def _hook(run: _Run, ratio: torch.Tensor, layout: _Layout, particle_dim: int | N
         alias.register_hook(lambda grad, factor=factor: grad * factor)
 
 
-def _site_arrays(guide_trace: Any, model_trace: Any, layout: _Layout, particle_dim: int | None, analytic_kl: bool) -> dict[str, Any]:
+def _site_arrays(
+    guide_trace: Any, model_trace: Any, layout: _Layout, particle_dim: int | None, analytic_kl: bool
+) -> dict[str, Any]:
     observed = {
-        n: _log_prob(s, layout, particle_dim)[0].sum(dim=-1) for n, s in _samples(model_trace).items() if s["is_observed"]
+        n: _log_prob(s, layout, particle_dim)[0].sum(dim=-1)
+        for n, s in _samples(model_trace).items()
+        if s["is_observed"]
     }
     sites: dict[str, Any] = {}
     for name, site in _samples(guide_trace).items():
@@ -349,17 +408,30 @@ def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step:
     observed = {name: join([p["observed"][name] for p in parts]) for name in parts[0]["observed"]}
     like = next(iter([*(s.log_prior for s in sites.values()), *observed.values()]), None)
     if like is None:
-        raise must("program", "have a sample site", "none", "Add pyro.sample statements to model and guide", InvalidArgument)
-    log_lik = sum(list(observed.values())[1:], start=next(iter(observed.values()))) if observed else torch.zeros_like(like)
+        raise must(
+            "program", "have a sample site", "none", "Add pyro.sample statements to model and guide", InvalidArgument
+        )
+    log_lik = (
+        sum(list(observed.values())[1:], start=next(iter(observed.values()))) if observed else torch.zeros_like(like)
+    )
     vectorised = len(runs) == 1 and log_lik.shape[0] > 1
     values = runs[0].values if vectorised else {n: torch.stack([r.values[n] for r in runs]) for n in runs[0].values}
     return Terms(
-        log_lik, sites, step=step, scale=layout.scale, joint=layout.joint, data_per_entry=layout.data_per_entry, observed=observed, values=values
+        log_lik,
+        sites,
+        step=step,
+        scale=layout.scale,
+        joint=layout.joint,
+        data_per_entry=layout.data_per_entry,
+        observed=observed,
+        values=values,
     )
 
 
 def guess_max_plate_nesting(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> int:
-    """The program's plate depth (or batch dims, where it has more than plates), from one run whose effects are hidden."""
+    """The program's plate depth (or batch dims, where it has more than plates), from one run whose effects are
+    hidden.
+    """
     with poutine.block(), torch.random.fork_rng(devices=[]):
         run = _run(model, guide, args, kwargs, {})
     sites = [*_samples(run.model_trace).values(), *_samples(run.guide_trace).values()]
@@ -377,18 +449,20 @@ class Loss(PyroELBO):
 
         svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=Loss(IWAE(50)))
 
-    Its value is minus the *unshaped* bound summed over the shared plates (times their subsample scale); its gradient is that of the objective's
-    surrogate. It counts its own steps (``loss.step``) for schedules.
+    Its value is minus the *unshaped* bound summed over the shared plates (times their subsample scale); its gradient
+    is that of the objective's surrogate. It counts its own steps (``loss.step``) for schedules.
 
-    Plates that every site shares give per-datum weights. A site outside them (a global latent) makes one joint weight for the whole batch; a
-    warning says so.
+    Plates that every site shares give per-datum weights. A site outside them (a global latent) makes one joint weight
+    for the whole batch; a warning says so.
 
     Args:
         objective: bound, gradient and shape.
-        vectorize_particles: put particles into a plate of their own (the program must broadcast over leading dims) or run once a particle.
+        vectorize_particles: put particles into a plate of their own (the program must broadcast over leading dims)
+            or run once a particle.
         max_plate_nesting: the program's plate depth; found by one extra run when not given.
 
-    Raises: Refused at the first step for a pair of objective and site that has no right gradient; InvalidArgument when the program does not
+    Raises: Refused at the first step for a pair of objective and site that has no right gradient; InvalidArgument
+        when the program does not
         broadcast over particles.
     """
 
@@ -405,14 +479,23 @@ class Loss(PyroELBO):
             self.plate_nesting = guess_max_plate_nesting(model, guide, args, kwargs)
         try:
             terms = particles(
-                model, guide, args, kwargs, num_particles=self.num_particles, analytic_kl=self.objective.uses_analytic_kl, step=self.step,
-                vectorize=self.vectorize_particles, max_plate_nesting=self.plate_nesting,
+                model,
+                guide,
+                args,
+                kwargs,
+                num_particles=self.num_particles,
+                analytic_kl=self.objective.uses_analytic_kl,
+                step=self.step,
+                vectorize=self.vectorize_particles,
+                max_plate_nesting=self.plate_nesting,
             )
         except (RuntimeError, ValueError) as error:
             if self.num_particles == 1 or not self.vectorize_particles or isinstance(error, InvalidArgument):
                 raise
             raise must(
-                "program", "broadcast over a leading particle dim", f"{type(error).__name__}: {error}",
+                "program",
+                "broadcast over a leading particle dim",
+                f"{type(error).__name__}: {error}",
                 "Let it accept extra dims on the left, or pass vectorize_particles=False",
             ) from error
         self.objective.check(terms)
@@ -450,8 +533,9 @@ class Loss(PyroELBO):
 class Program:
     r"""A Pyro model and its amortised guide.
 
-    ``program.model`` and ``program.guide`` are the callables themselves, for Pyro's own ``SVI``, ``Predictive``, handlers and MCMC. PyroModules carry
-    their parameters; a program that uses ``pyro.param`` keeps them here (``store``), so that nothing is left in the global parameter store.
+    ``program.model`` and ``program.guide`` are the callables themselves, for Pyro's own ``SVI``, ``Predictive``,
+    handlers and MCMC. PyroModules carry their parameters; a program that uses ``pyro.param`` keeps them here
+    (``store``), so that nothing is left in the global parameter store.
 
     Args:
         model, guide: callables with the same arguments.
@@ -469,7 +553,10 @@ class Program:
     engine = "pyro"
 
     def fresh(self) -> Program:
-        """What ``fit`` starts from: a copy of this program, or new initial weights for a zoo program that has none of its own yet."""
+        """What ``fit`` starts from:
+
+        A copy of this program, or new initial weights for a zoo program that has none of its own yet.
+        """
         if self.spec is None or self.trained:
             return self.copy()
         return self.spec.pyro(name=self.model._pyro_name)
@@ -496,7 +583,10 @@ class Program:
         return Program(model, guide, self.spec, store, self.trained)
 
     def frozen(self) -> Program:
-        """The same program whose parameters are constants: no ``param`` site is visible from outside, no gradient reaches them."""
+        """The same program whose parameters are constants:
+
+        No ``param`` site is visible from outside, no gradient reaches them.
+        """
         twin = self.copy()
         for module in twin._modules():
             module.eval()
@@ -518,15 +608,25 @@ class Program:
         for module in self._modules():
             for name, value in module.state_dict(keep_vars=True).items():
                 if name in out and out[name] is not value:
-                    raise must("program", "use one name for one parameter", f"'{name}' in model and guide", "Rename one of the submodules")
+                    raise must(
+                        "program",
+                        "use one name for one parameter",
+                        f"'{name}' in model and guide",
+                        "Rename one of the submodules",
+                    )
                 out[name] = value
         known = {id(v) for v in out.values()}
-        out |= {n: v for n, v in self.store["params"].items() if id(v) not in known and n.replace("$$$", ".") not in out}
+        out |= {
+            n: v for n, v in self.store["params"].items() if id(v) not in known and n.replace("$$$", ".") not in out
+        }
         return out
 
     @property
     def weights(self) -> dict[str, np.ndarray] | None:
-        """Parameters and buffers as NumPy arrays under their ``state_dict`` names; ``None`` where there are none yet."""
+        """Parameters and buffers as NumPy arrays under their ``state_dict`` names;
+
+        ``None`` where there are none yet.
+        """
         tensors = self._tensors()
         return {n: v.detach().cpu().numpy().copy() for n, v in tensors.items()} or None
 
@@ -535,7 +635,8 @@ class Program:
 
         Args:
             weights: NumPy arrays in torch's names and layouts.
-            example: arguments to run the program on once, so that ``pyro.param`` statements exist; not needed for modules.
+            example: arguments to run the program on once, so that ``pyro.param`` statements exist; not needed for
+                modules.
         Raises: InvalidArgument naming missing or unexpected weights and wrong shapes.
         """
         twin = self.copy()
@@ -547,7 +648,10 @@ class Program:
             for name, tensor in tensors.items():
                 if tuple(weights[name].shape) != tuple(tensor.shape):
                     raise must(
-                        f"weights['{name}']", f"have shape {tuple(tensor.shape)}", weights[name].shape, "Load weights of a program with the same hyperparameters"
+                        f"weights['{name}']",
+                        f"have shape {tuple(tensor.shape)}",
+                        weights[name].shape,
+                        "Load weights of a program with the same hyperparameters",
                     )
                 tensor.copy_(torch.as_tensor(weights[name]))
         twin.trained = True
@@ -559,14 +663,25 @@ class Program:
             _run(self.model, self.guide, args, {}, {})
 
     def apply(
-        self, fn: Callable[[Terms], Any], args: tuple, *, num_particles: int = 1, seed: int = 0, analytic_kl: bool = False
+        self,
+        fn: Callable[[Terms], Any],
+        args: tuple,
+        *,
+        num_particles: int = 1,
+        seed: int = 0,
+        analytic_kl: bool = False,
     ) -> Any:
         """``fn(terms)`` for fresh particles on the data ``args``, without gradients; a tree (dicts) of NumPy arrays."""
         with self.parameters(), torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             torch.manual_seed(seed)
             nesting = self._plate_nesting(args) if num_particles > 1 else None
             terms = particles(
-                self.model, self.guide, args, num_particles=num_particles, analytic_kl=analytic_kl, max_plate_nesting=nesting
+                self.model,
+                self.guide,
+                args,
+                num_particles=num_particles,
+                analytic_kl=analytic_kl,
+                max_plate_nesting=nesting,
             )
             return _to_numpy(fn(terms))
 
@@ -575,13 +690,16 @@ class Program:
             self.__dict__["_nesting"] = guess_max_plate_nesting(self.model, self.guide, args, {})
         return self.__dict__["_nesting"]
 
-    def predict(self, args: tuple, *, num_particles: int = 1, seed: int = 0, prior: bool = False) -> dict[str, dict[str, np.ndarray]]:
+    def predict(
+        self, args: tuple, *, num_particles: int = 1, seed: int = 0, prior: bool = False
+    ) -> dict[str, dict[str, np.ndarray]]:
         """Draws of the latents and of every observed site given them.
 
         Args:
             args: the data (its shapes alone matter when ``prior``).
             prior: draw latents from the model instead of the guide.
-        Returns: ``{"latent": {site: (K, …)}, "observed": {site: (K, …)}, "mean": {site: (K, …)}}``; "mean" holds the sites whose
+        Returns: ``{"latent": {site: (K, …)}, "observed": {site: (K, …)}, "mean": {site: (K, …)}}``; "mean" holds the
+            sites whose
             distribution has one.
         """
         draws: list[dict[str, dict[str, Any]]] = []
@@ -597,10 +715,8 @@ class Program:
                         out["latent"][name] = site["value"]
                     elif tuple(site["fn"].shape()):
                         out["observed"][name] = site["fn"].sample()
-                        try:
+                        with contextlib.suppress(NotImplementedError):  # not every distribution has a mean
                             out["mean"][name] = site["fn"].mean
-                        except NotImplementedError:
-                            pass
                 draws.append(_to_numpy(out))
         return {g: {n: np.stack([d[g][n] for d in draws]) for n in draws[0][g]} for g in draws[0]}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,15 @@ class Trainer:
     """
 
     def __init__(
-        self, program: Program, objective: Objective, optimizer: Any, data: tuple, *, seeds: list[int], redraw_pixels: bool, device: str | None
+        self,
+        program: Program,
+        objective: Objective,
+        optimizer: Any,
+        data: tuple,
+        *,
+        seeds: list[int],
+        redraw_pixels: bool,
+        device: str | None,
     ):
         (self.seed,) = seeds
         self.device = _device(device)
@@ -39,7 +47,9 @@ class Trainer:
             self.program = program.fresh()
             for module in self.program._modules():
                 module.to(self.device).eval()  # looking at the program must not move a batch norm's statistics
-            self.program.materialise(example)
+            finite = all(torch.isfinite(p).all() for p in self.program._tensors().values())
+            with nullcontext() if finite else pyro.validation_enabled(False):  # the first step will name what is not
+                self.program.materialise(example)
             if objective.num_particles > 1:
                 with self.program.parameters():
                     self.nesting = guess_max_plate_nesting(self.program.model, self.program.guide, example, {})
@@ -51,11 +61,13 @@ class Trainer:
             raise must("program", "have a parameter to train", "none", "Add pyro.param or a network to model or guide")
         self.adam = optimizer if isinstance(optimizer, Adam) else None
         make = self.adam.torch if self.adam else optimizer
-        self.optimizer = make(list(self.params.values())) if callable(make) else None
+        self.optimizer = make(list(self.params.values())) if callable(make) and make is not Adam else None
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise must(
-                "optimizer", "be an Adam or a function from parameters to a torch optimizer for a Pyro program",
-                type(optimizer).__name__, "Pass lambda params: torch.optim.AdamW(params, lr=1e-3)",
+                "optimizer",
+                "be an Adam or a function from parameters to a torch optimizer for a Pyro program",
+                type(optimizer).__name__,
+                "Pass lambda params: torch.optim.AdamW(params, lr=1e-3)",
             )
 
     # --- one step, one epoch ---
@@ -66,8 +78,13 @@ class Trainer:
 
     def _terms(self, batch: tuple) -> Any:
         terms = particles(
-            self.program.model, self.program.guide, batch, num_particles=self.objective.num_particles,
-            analytic_kl=self.objective.uses_analytic_kl, step=self.step, max_plate_nesting=self.nesting,
+            self.program.model,
+            self.program.guide,
+            batch,
+            num_particles=self.objective.num_particles,
+            analytic_kl=self.objective.uses_analytic_kl,
+            step=self.step,
+            max_plate_nesting=self.nesting,
         )
         self.objective.check(terms)
         return terms
@@ -86,7 +103,10 @@ class Trainer:
         return terms, metrics, norm
 
     def epoch(self, order: np.ndarray) -> dict[str, np.ndarray]:
-        """Run one epoch; ``order`` is ``(1, steps, batch)``. Metrics are ``(1, steps)``; a non-finite step ends the epoch before its update."""
+        """Run one epoch; ``order`` is ``(1, steps, batch)``.
+
+        Metrics are ``(1, steps)``; a non-finite step ends the epoch before its update.
+        """
         rows: list[dict[str, Any]] = []
         with self._running():
             for index in torch.from_numpy(np.ascontiguousarray(order[0])).to(self.device):
@@ -102,11 +122,12 @@ class Trainer:
         return {n: np.array([[float(r[n]) for r in rows]]) for n in rows[0]}
 
     def _rng(self) -> dict[str, torch.Tensor]:
-        return {"rng": torch.get_rng_state()} | {"rng_cuda": torch.cuda.get_rng_state(d) for d in self.cuda}
+        on_gpu = {"rng_cuda": torch.cuda.get_rng_state(self.cuda[0])} if self.cuda else {}
+        return {"rng": torch.get_rng_state(), **on_gpu}
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Inside: the run's own parameter store and random state, no argument validation; the caller's come back after."""
+        """Inside: the run's own parameter store and random state, no argument validation; the caller's come back."""
         with self.program.parameters(), torch.random.fork_rng(devices=self.cuda), pyro.validation_enabled(False):
             torch.set_rng_state(self.rng["rng"])
             for device in self.cuda:
@@ -156,7 +177,8 @@ class Trainer:
         return next(((n, 0) for n, p in self.params.items() if not torch.isfinite(p).all()), None)
 
     def blame(self, index: np.ndarray) -> tuple[str, int]:
-        """Name the site (else the parameter, by its gradient) that the next step would make non-finite, and the replicate (0).
+        """Name the site (else the parameter, by its gradient) that the next step would make non-finite, and the
+        replicate (0).
 
         Args:
             index: the step's minibatch, ``(1, batch)``.
@@ -194,8 +216,13 @@ class Trainer:
         kinds = [{n: (a.shape, a.dtype) for n, a in arrays.items()} for arrays in (saved, ours)]
         wrong = [n for n in {*saved, *ours} if kinds[0].get(n) != kinds[1].get(n)]
         if wrong or not {*self.rng, "step"} <= set(arrays):
-            raise must("checkpoint", "hold the state of this program and optimizer", f"a mismatch at {sorted(wrong)[:3]}",
-                       "Resume with the settings it was started with", CorruptFile)
+            raise must(
+                "checkpoint",
+                "hold the state of this program and optimizer",
+                f"a mismatch at {sorted(wrong)[:3]}",
+                "Resume with the settings it was started with",
+                CorruptFile,
+            )
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(torch.from_numpy(saved[name].copy()))

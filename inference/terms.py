@@ -79,7 +79,8 @@ class Terms:
         sites: latent sites in the order the guide draws them.
         step: optimisation step (0-based), for schedules.
         scale: ``size / subsample_size`` of the shared plates; outside every logarithm of a mean.
-        joint: a site lies outside a plate that holds latents and data, so one weight covers all of that plate (or the whole batch).
+        joint: a site lies outside a plate that holds latents and data, so one weight covers all of that plate (or the
+            whole batch).
         data_per_entry: how many data one entry of a bound covers: 1 under a shared data plate; the data plate's size
             where the weight is joint.
         observed: ``log p`` of each observed site, ``(K, *P)``; they sum to ``log_lik``.

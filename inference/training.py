@@ -23,12 +23,13 @@ from elbozoo.inference.objectives import ELBO, Objective, check_particles
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.parts import one_of
 from elbozoo.inference.recording import rewind
-from elbozoo.inference.shapes import AnnealedKL, Capacity, Shape
+from elbozoo.inference.shapes import Shape
 
 if TYPE_CHECKING:
     from elbozoo.inference.evaluation import Evaluation
 
 Binarize = Literal["none", "stochastic", "static", "threshold"]
+_PIXELS = 0xB1_7A_12_E5  # the seed of static binarisation, unlike any that data may have been made with
 CHECKPOINT, WEIGHTS, CONFIG, HISTORY = "checkpoint.safetensors", "weights.safetensors", "config.json", "history.json"
 
 
@@ -37,10 +38,12 @@ class Run:
     """A trained program with its history and settings.
 
     Attributes:
-        program: the program with trained weights bound; its ``model`` and ``guide`` go into the user's own programs (torch modules in evaluation mode).
+        program: the program with trained weights bound; its ``model`` and ``guide`` go into the user's own programs
+            (torch modules in evaluation mode).
         objective: what was maximised.
-        history: one dict an epoch: ``epoch``, ``step``, ``bound`` (unshaped, nats per datum, training minibatches), ``rate``, ``distortion``, ``kl_<site>``,
-            ``grad_norm``, ``seconds``; ``valid_bound`` with held-out data; ``shaped_bound``, ``beta``, … under a shape.
+        history: one dict an epoch: ``epoch``, ``step``, ``bound`` (unshaped, nats per datum, training minibatches),
+            ``rate``, ``distortion``, ``kl_<site>``, ``grad_norm``, ``seconds``; ``valid_bound`` with held-out data;
+            ``shaped_bound``, ``beta``, … under a shape.
         config: settings, versions and seeds; JSON-able.
     """
 
@@ -55,11 +58,16 @@ class Run:
         return self.program.weights
 
     def prepare(self, data: Any) -> tuple:
-        """``data`` as this run's program takes it: checked, flattened, and binarised as in training (redrawn pixels: one draw, the same for every run)."""
+        """``data`` as this run's program takes it:
+
+        Checked, flattened, and binarised as in training (redrawn pixels: one draw, the same for every run).
+        """
         return prepare(self.program, data, self.config["binarize"])
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
-        """Importance-sampled NLL and the rest of :func:`elbozoo.inference.evaluation.evaluate` on ``data``, binarised as in training."""
+        """Importance-sampled NLL and the rest of :func:`elbozoo.inference.evaluation.evaluate` on ``data``,
+        binarised as in training.
+        """
         from elbozoo.inference.evaluation import evaluate
 
         return evaluate(self.program, self.prepare(data), **options)
@@ -87,22 +95,32 @@ class Run:
 
         Args:
             directory: what :meth:`save`, ``fit(directory=…)`` or ``elbozoo train`` wrote.
-            program: the untrained program; rebuilt from the config for a model of the zoo. Any engine will do: weights are shared.
+            program: the untrained program; rebuilt from the config for a model of the zoo. Any engine will do:
+                weights are shared.
             example: a small batch, for a program that is not of the zoo.
 
-        Raises: CorruptFile naming a missing, truncated or altered file; InvalidArgument when the weights are of another program.
+        Raises: CorruptFile naming a missing, truncated or altered file; InvalidArgument when the weights are of
+            another program.
         """
         directory = Path(directory)
         config = storage.load_json(directory / CONFIG)
         arrays, _ = storage.load_arrays(directory / WEIGHTS)
         history = storage.load_json(directory / HISTORY)
-        for name, content, keys in ((CONFIG, config, {"engine", "objective", "seed", "binarize"}), (HISTORY, history, {"rows"})):
+        for name, content, keys in (
+            (CONFIG, config, {"engine", "objective", "seed", "binarize"}),
+            (HISTORY, history, {"rows"}),
+        ):
             if missing := sorted(keys - set(content)):
                 todo = "Restore it from a copy; another file may lie in its place"
                 raise must(str(directory / name), f"have {', '.join(missing)}", sorted(content), todo, CorruptFile)
         if program is None:
             if config.get("spec") is None:
-                raise must("program", "be given for a run of a program that is not of the zoo", "None", "Pass Run.load(directory, program, x[:1])")
+                raise must(
+                    "program",
+                    "be given for a run of a program that is not of the zoo",
+                    "None",
+                    "Pass Run.load(directory, program, x[:1])",
+                )
             from elbozoo.zoo.spec import Spec
 
             program = getattr(Spec.from_config(config["spec"]), config["engine"])()
@@ -123,7 +141,8 @@ class Run:
 def to_config(part: Any) -> Any:
     """A frozen dataclass as a JSON-able dict, class names under ``"class"``; a function by its name alone.
 
-    A learning-rate function with settings of its own is best a frozen dataclass with ``__call__``: then they are kept, and compared on resuming.
+    A learning-rate function with settings of its own is best a frozen dataclass with ``__call__``: then they are
+    kept, and compared on resuming.
     """
     if is_dataclass(part) and not isinstance(part, type):
         return {"class": type(part).__name__, **{f.name: to_config(getattr(part, f.name)) for f in fields(part)}}
@@ -133,14 +152,21 @@ def to_config(part: Any) -> Any:
 
 
 def objective_from_config(config: Mapping[str, Any]) -> Any:
-    """The objective (or the part of one) that :func:`to_config` described. Nothing is evaluated: names are looked up among the public ones."""
+    """The objective (or the part of one) that :func:`to_config` described.
+
+    Nothing is evaluated: names are looked up among the public ones.
+    """
     from elbozoo import inference
 
     values = {k: objective_from_config(v) if isinstance(v, Mapping) else v for k, v in config.items() if k != "class"}
     cls = getattr(inference, str(config.get("class")), None)
-    if not (isinstance(cls, type) and is_dataclass(cls)):
-        raise must("objective", "be one that this version knows", config.get("class"), "Use the version that wrote it", CorruptFile)
-    return cls(**values)
+    try:
+        if isinstance(cls, type) and is_dataclass(cls):
+            return cls(**values)
+    except TypeError:  # a field that this version does not have
+        pass
+    got = {**values, "class": config.get("class")}
+    raise must("objective", "be one that this version knows", got, "Use the version that wrote it", CorruptFile)
 
 
 def environment(engine: str) -> dict[str, str]:
@@ -161,21 +187,34 @@ def environment(engine: str) -> dict[str, str]:
 def prepare(program: Any, data: Any, binarize: str = "none", check: bool = True) -> tuple:
     """Data as a tuple of arrays that the program accepts, checked.
 
-    Images ``(N, H, W)`` are flattened for a spec with as many pixels. ``binarize``: "stochastic" and "static" draw each pixel once from a Bernoulli with
-    the pixel as mean (the same draw in every run, so that runs compare), "threshold" cuts at one half. ``check``: hold the data against the spec's likelihood.
+    Images ``(N, H, W)`` are flattened for a spec with as many pixels. ``binarize``: "stochastic" and "static" draw
+    each pixel once from a Bernoulli with the pixel as mean (the same draw in every run, so that runs compare),
+    "threshold" cuts at one half. ``check``: hold the data against the spec's likelihood.
 
     Raises: InvalidArgument for empty, misshapen, non-finite or out-of-range data, with what to do.
     """
     arrays = tuple(_numbers(a) for a in (data if isinstance(data, tuple) else (data,)))
     if any(a.ndim == 0 or len(a) == 0 for a in arrays) or not arrays:
-        raise must("data", "hold at least one datum", f"shape {[a.shape for a in arrays]}", "Pass an array whose first axis runs over data")
+        raise must(
+            "data",
+            "hold at least one datum",
+            f"shape {[a.shape for a in arrays]}",
+            "Pass an array whose first axis runs over data",
+        )
     if len({len(a) for a in arrays}) > 1:
-        raise must("data", "have arrays of one length", [len(a) for a in arrays], "Their first axes run over the same data")
+        raise must(
+            "data", "have arrays of one length", [len(a) for a in arrays], "Their first axes run over the same data"
+        )
     arrays = tuple(a if a.dtype.kind != "f" else a.astype(_float(program), copy=False) for a in arrays)
     for a in arrays:
         if a.dtype.kind == "f" and not np.isfinite(a).all():
             bad = np.flatnonzero(~np.isfinite(a.reshape(len(a), -1)).all(axis=1))
-            raise must("data", "be finite", f"{len(bad)} data with NaN or infinite entries, the first at index {bad[0]}", "Drop or mask them first")
+            raise must(
+                "data",
+                "be finite",
+                f"{len(bad)} data with NaN or infinite entries, the first at index {bad[0]}",
+                "Drop or mask them first",
+            )
     spec = program.spec
     if spec is not None:
         x = arrays[0]
@@ -194,7 +233,9 @@ def _numbers(x: Any) -> np.ndarray:
     try:
         array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
     except ValueError as error:
-        raise must("data", "be a rectangular array", f"{type(x).__name__}: {error}", "Give every datum the same shape") from error
+        raise must(
+            "data", "be a rectangular array", f"{type(x).__name__}: {error}", "Give every datum the same shape"
+        ) from error
     if array.dtype.kind not in "fiub":
         raise must("data", "be an array of numbers", f"dtype {array.dtype}", "Pass a float or integer array")
     return array
@@ -205,7 +246,7 @@ def _binarize(x: np.ndarray, how: str) -> np.ndarray:
         raise must("data", "lie in [0, 1] to be binarised", f"[{x.min()}, {x.max()}]", "Divide 8-bit pixels by 255")
     if how == "threshold":
         return (x > 0.5).astype(x.dtype)
-    return (np.random.default_rng(0).random(x.shape) < x).astype(x.dtype)
+    return (np.random.default_rng(_PIXELS).random(x.shape) < x).astype(x.dtype)
 
 
 def _float(program: Any) -> Any:
@@ -220,7 +261,10 @@ def _float(program: Any) -> Any:
 
 
 def batches(seed: int, epoch: int, num_data: int, batch_size: int) -> np.ndarray:
-    """Shuffled minibatches of one epoch, ``(steps, batch)``: the same in both engines. What does not fill a batch sits this epoch out."""
+    """Shuffled minibatches of one epoch, ``(steps, batch)``:
+
+    The same in both engines. What does not fill a batch sits this epoch out.
+    """
     size = min(batch_size, num_data)
     order = np.random.default_rng([seed, epoch]).permutation(num_data)
     return order[: num_data // size * size].reshape(-1, size)
@@ -251,25 +295,31 @@ def fit(
 ) -> Any:
     r"""Train a program's model and guide together: maximise the objective's surrogate, report its bound.
 
-    The program is left as it is: the trained one is ``run.program``. A program that already has trained weights goes on from them.
+    The program is left as it is: the trained one is ``run.program``. A program that already has trained weights goes
+        on from them.
 
     Args:
         program: a zoo program, or ``Program(model, guide)`` of either engine around the user's own.
-        data: array ``(N, …)``, or a tuple of arrays passed to model and guide as arguments. Images are flattened for a zoo program.
+        data: array ``(N, …)``, or a tuple of arrays passed to model and guide as arguments. Images are flattened for
+            a zoo program.
         objective: bound, gradient and shape; ``ELBO()`` by default.
         epochs: passes over the data.
-        batch_size: data a minibatch; larger than the data means all of it. The rest that does not fill a batch sits out, another one every epoch.
+        batch_size: data a minibatch; larger than the data means all of it. The rest that does not fill a batch sits
+            out, another one every epoch.
         learning_rate: Adam's step size, or a function of the step.
-        optimizer: :class:`~elbozoo.inference.optimizers.Adam`, an optax transformation (NumPyro), or a function from parameters to a torch optimizer (Pyro).
-            Overrides ``learning_rate``.
+        optimizer: :class:`~elbozoo.inference.optimizers.Adam`, an optax transformation (NumPyro), or a function from
+            parameters to a torch optimizer (Pyro). Overrides ``learning_rate``.
         seed: fixes initial weights, order and noise.
         valid: held-out data, on which the bound is computed every epoch.
-        binarize: for grey pixels under a Bernoulli: "stochastic" redraws every pixel at every step with the pixel as mean; "static" draws once, the same
-            whatever the seed; "threshold" cuts at ½.
-        replicates: train this many seeds (``seed``, ``seed + 1``, …); the result is a list of runs. On JAX they are one vectorised program.
-        early_stopping: stop when the held-out bound has not risen for this many epochs (needs ``valid``; not with replicates).
+        binarize: for grey pixels under a Bernoulli: "stochastic" redraws every pixel at every step with the pixel as
+            mean; "static" draws once, the same whatever the seed; "threshold" cuts at ½.
+        replicates: train this many seeds (``seed``, ``seed + 1``, …); the result is a list of runs. On JAX they are
+            one vectorised program.
+        early_stopping: stop when the held-out bound has not risen for this many epochs (needs ``valid``; not with
+            replicates).
         directory: write config, weights, history and a checkpoint here, each file whole or not at all.
-        resume: go on from the checkpoint in ``directory`` (to more ``epochs``, if asked), bit for bit as if never stopped. Without a checkpoint, start.
+        resume: go on from the checkpoint in ``directory`` (to more ``epochs``, if asked), bit for bit as if never
+            stopped. Without a checkpoint, start.
         checkpoint_every: epochs between checkpoints; the last epoch always has one.
         device: "cpu", "gpu", …; the library's default when None.
         progress: show a bar.
@@ -286,7 +336,20 @@ def fit(
         WriteFailed: the folder is not writable, or the disk full (earlier files are intact; resume when there is room).
     """
     objective = ELBO() if objective is None else objective
-    _check_settings(program, objective, epochs, batch_size, seed, binarize, replicates, early_stopping, valid, checkpoint_every, resume, directory)
+    _check_settings(
+        program,
+        objective,
+        epochs,
+        batch_size,
+        seed,
+        binarize,
+        replicates,
+        early_stopping,
+        valid,
+        checkpoint_every,
+        resume,
+        directory,
+    )
     optimizer = Adam(learning_rate) if optimizer is None else optimizer
     train = prepare(program, data, binarize)
     redraw = binarize == "stochastic"
@@ -299,9 +362,18 @@ def fit(
     _warn_long_warmup(shaped, epochs * steps)
 
     config = {
-        "engine": program.engine, "spec": None if program.spec is None else program.spec.to_config(), "objective": to_config(objective),
-        "optimizer": to_config(optimizer), "epochs": epochs, "batch_size": batch_size, "seed": seed, "binarize": binarize, "num_data": num_data,
-        "replicates": replicates, "device": device, "versions": environment(program.engine),
+        "engine": program.engine,
+        "spec": None if program.spec is None else program.spec.to_config(),
+        "objective": to_config(objective),
+        "optimizer": to_config(optimizer),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "binarize": binarize,
+        "num_data": num_data,
+        "replicates": replicates,
+        "device": device,
+        "versions": environment(program.engine),
     }
     if directory is not None:
         _check_directory(Path(directory), resume)
@@ -310,10 +382,24 @@ def fit(
     if replicates is not None and program.engine == "pyro":  # torch has no vmap over whole programs: one after another
         where = [None if directory is None else Path(directory) / f"replicate-{r}" for r in range(replicates)]
         return [
-            fit(program, data, objective=objective, epochs=epochs, batch_size=batch_size, optimizer=optimizer, seed=seed + r, valid=valid, binarize=binarize,
-                directory=where[r], resume=resume, checkpoint_every=checkpoint_every, device=device, progress=progress)
+            fit(
+                program,
+                data,
+                objective=objective,
+                epochs=epochs,
+                batch_size=batch_size,
+                optimizer=optimizer,
+                seed=seed + r,
+                valid=valid,
+                binarize=binarize,
+                directory=where[r],
+                resume=resume,
+                checkpoint_every=checkpoint_every,
+                device=device,
+                progress=progress,
+            )
             for r in range(replicates)
-        ]  # fmt: skip
+        ]
     seeds = [seed + r for r in range(replicates or 1)]
     trainer_class = importlib.import_module(f"elbozoo.inference.{program.engine}_trainer").Trainer
     trainer = trainer_class(program, shaped, optimizer, train, seeds=seeds, redraw_pixels=redraw, device=device)
@@ -328,7 +414,9 @@ def fit(
         while not stopped():
             loop.run_epoch(num_data, batch_size)
             if held_out is not None:
-                for rows, value in zip(loop.rows, trainer.held_out(held_out, min(batch_size, len(held_out[0]))), strict=True):
+                for rows, value in zip(
+                    loop.rows, trainer.held_out(held_out, min(batch_size, len(held_out[0]))), strict=True
+                ):
                     rows[-1]["valid_bound"] = float(value)
             tick()
             if directory is not None and (stopped() or loop.epoch % checkpoint_every == 0):
@@ -343,8 +431,16 @@ def fit(
 class _Loop:
     """A training in progress: trainer, rows of history, epoch; what a checkpoint holds."""
 
-    def __init__(self, trainer: Any, objective: Objective, config: dict[str, Any], seeds: list[int], directory: Path | None):
-        self.trainer, self.objective, self.config, self.seeds, self.directory = trainer, objective, config, seeds, directory
+    def __init__(
+        self, trainer: Any, objective: Objective, config: dict[str, Any], seeds: list[int], directory: Path | None
+    ):
+        self.trainer, self.objective, self.config, self.seeds, self.directory = (
+            trainer,
+            objective,
+            config,
+            seeds,
+            directory,
+        )
         self.epoch, self.rows = 0, [[] for _ in seeds]
 
     def run_epoch(self, num_data: int, batch_size: int) -> None:
@@ -368,7 +464,11 @@ class _Loop:
         site, within, replicate = rewind(self.trainer, before, order, bad_step)
         step = self.epoch * order.shape[1] + within
         run = None if self.trainer.bad_parameter() else self.runs()[replicate]
-        where = "there is no good state: the initial parameters are not finite" if run is None else "the last good state is in error.run"
+        where = (
+            "there is no good state: the initial parameters are not finite"
+            if run is None
+            else "the last good state is in error.run"
+        )
         if run is not None and self.directory is not None:
             try:
                 where += f" and in {run.save(self.directory / 'last-good')}"
@@ -376,9 +476,12 @@ class _Loop:
                 where += f" (not on disk: {error})"
         seed = f", seed {self.seeds[replicate]}" if len(self.seeds) > 1 else ""
         raise NonFinite(
-            f"site '{site}' must stay finite while training; got a non-finite value at step {step} (epoch {self.epoch + 1}{seed}). "
+            f"site '{site}' must stay finite while training; got a non-finite value at step {step} "
+            f"(epoch {self.epoch + 1}{seed}). "
             f"Lower the learning rate, clip gradients with Adam(clip_norm=…), or bound the scale; {where.rstrip('.')}.",
-            site, step, run,
+            site,
+            step,
+            run,
         )
 
     def runs(self) -> list[Run]:
@@ -390,7 +493,9 @@ class _Loop:
     @property
     def _settings(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the run that was stopped."""
-        return json.loads(json.dumps({k: v for k, v in self.config.items() if k not in ("epochs", "versions", "device")}))
+        return json.loads(
+            json.dumps({k: v for k, v in self.config.items() if k not in ("epochs", "versions", "device")})
+        )
 
     def checkpoint(self) -> None:
         """State, history and settings in one file, so that they cannot disagree."""
@@ -402,23 +507,53 @@ class _Loop:
         assert self.directory is not None
         arrays, notes = storage.load_arrays(self.directory / CHECKPOINT)
         if "settings" not in notes:
-            raise must(str(self.directory / CHECKPOINT), "be a checkpoint of this library", "a file without settings", "Choose another directory", CorruptFile)
+            raise must(
+                str(self.directory / CHECKPOINT),
+                "be a checkpoint of this library",
+                "a file without settings",
+                "Choose another directory",
+                CorruptFile,
+            )
         changed = [k for k, v in self._settings.items() if notes["settings"].get(k) != v]
         if changed:
-            raise must("settings", "equal those of the run to resume", f"different {', '.join(changed)}", "Resume with the same settings (epochs may grow), or start in another directory")
+            raise must(
+                "settings",
+                "equal those of the run to resume",
+                f"different {', '.join(changed)}",
+                "Resume with the same settings (epochs may grow), or start in another directory",
+            )
         if notes["epoch"] > epochs:
-            raise must("epochs", f"be at least the {notes['epoch']} of the checkpoint", epochs, "Ask for more, or start in another directory")
+            raise must(
+                "epochs",
+                f"be at least the {notes['epoch']} of the checkpoint",
+                epochs,
+                "Ask for more, or start in another directory",
+            )
         self.trainer.restore(arrays)
         self.epoch, self.rows = notes["epoch"], notes["rows"]
 
 
 def _check_settings(
-    program: Any, objective: Any, epochs: Any, batch_size: Any, seed: Any, binarize: Any, replicates: Any, early_stopping: Any, valid: Any,
-    checkpoint_every: Any, resume: Any, directory: Any,
-) -> None:  # fmt: skip
+    program: Any,
+    objective: Any,
+    epochs: Any,
+    batch_size: Any,
+    seed: Any,
+    binarize: Any,
+    replicates: Any,
+    early_stopping: Any,
+    valid: Any,
+    checkpoint_every: Any,
+    resume: Any,
+    directory: Any,
+) -> None:
     if getattr(program, "engine", None) not in ("pyro", "numpyro"):
-        raise must("program", "be a zoo program, or a Program around your own model and guide", type(program).__name__,
-                   "Write VAE(…).numpyro(), or elbozoo.inference.numpyro_engine.Program(model, guide)")
+        raise must(
+            "program",
+            "be a zoo program, or a Program around your own model and guide",
+            type(program).__name__,
+            "Write VAE(…).numpyro(), or elbozoo.inference.numpyro_engine.Program(model, guide)",
+        )
     if not isinstance(objective, Objective):
         raise must("objective", "be an objective", repr(objective), "Write objective=IWAE(num_particles=50), say")
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
@@ -431,8 +566,12 @@ def _check_settings(
             check_particles(name, value)
     one_of("binarize", binarize, get_args(Binarize))
     if early_stopping is not None and (valid is None or replicates is not None):
-        raise must("early_stopping", "go with held-out data and one replicate", f"valid={'given' if valid is not None else None}, replicates={replicates}",
-                   "Pass valid=…, and replicates=None")
+        raise must(
+            "early_stopping",
+            "go with held-out data and one replicate",
+            f"valid={'given' if valid is not None else None}, replicates={replicates}",
+            "Pass valid=…, and replicates=None",
+        )
     if resume and directory is None:
         raise must("directory", "be given to resume", "None", "Pass the directory of the run to go on with")
 
@@ -440,18 +579,24 @@ def _check_settings(
 def _check_directory(directory: Path, resume: bool) -> None:
     """Refuse to write over an earlier run, and find out now whether the directory can be written to."""
     if not resume and any((directory / name).exists() for name in (CHECKPOINT, WEIGHTS, "replicate-0")):
-        raise must("directory", "hold no earlier run", str(directory), "Pass resume=True to go on with it, or another directory")
+        raise must(
+            "directory",
+            "hold no earlier run",
+            str(directory),
+            "Pass resume=True to go on with it, or another directory",
+        )
     storage.check_writable(directory)
 
 
 def _warn_long_warmup(objective: Objective, steps: int) -> None:
     while isinstance(objective, Shape):
-        length = objective.total if isinstance(objective, AnnealedKL) else objective.warmup if isinstance(objective, Capacity) else 0
+        length = getattr(objective, "total", getattr(objective, "warmup", 0))
         if length > steps:
             warnings.warn(
-                f"{type(objective).__name__}: the warm-up of {length:g} steps is longer than the run of {steps} steps, so training ends on another "
-                "objective than the reported bound. Shorten the warm-up or train for longer.", stacklevel=3,
-            )  # fmt: skip
+                f"{type(objective).__name__}: the warm-up of {length:g} steps is longer than the run of {steps} steps, "
+                "so training ends on another objective than the reported bound. Shorten the warm-up or train longer.",
+                stacklevel=3,
+            )
         objective = objective.objective
 
 
@@ -464,12 +609,20 @@ class _bar:
     """A progress bar over epochs with the latest bound."""
 
     def __init__(self, show: bool, epochs: int, loop: _Loop):
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
         self.progress, self.epochs, self.loop = Progress(*columns, disable=not show), epochs, loop
 
     def __enter__(self) -> Callable[[], None]:
         self.progress.start()
-        self.task = self.progress.add_task("epochs", total=self.epochs, completed=self.loop.epoch, note="compiling" if self.loop.epoch == 0 else "")
+        self.task = self.progress.add_task(
+            "epochs", total=self.epochs, completed=self.loop.epoch, note="compiling" if self.loop.epoch == 0 else ""
+        )
         return self.tick
 
     def tick(self) -> None:

@@ -1,4 +1,7 @@
-"""XLA compiles a small program in seconds and runs it in milliseconds: tests that fit it again need not compile again."""
+"""Fixtures of the tests of ``fit``.
+
+XLA compiles a small program in seconds and runs it in milliseconds: tests that fit it again need not compile again.
+"""
 
 from __future__ import annotations
 
@@ -32,3 +35,14 @@ def compile_once() -> Iterator[None]:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """Without the shape and type checks that pytest adds: they draw random numbers, and refuse before our own checks do."""
+    import jaxtyping
+
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

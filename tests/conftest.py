@@ -26,7 +26,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     threadpool_limits(1)  # NumPy's BLAS, which a pytest plugin has loaded by now
 
 # Shapes and types in the annotations of elbozoo.inference hold at run time, under pytest alone.
-install_import_hook("elbozoo.inference", "beartype.beartype")
+# An int is a float to Python's type checkers (PEP 484's tower), and so it is here.
+install_import_hook("elbozoo.inference", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 NEEDS = {"numpyro": ("jax", "numpyro", "flax", "optax"), "pyro": ("torch", "pyro")}
 """What each engine's extra brings, by import name."""

@@ -148,6 +148,25 @@ class NumPyro:
         return model, guide
 
     @staticmethod
+    def fragile() -> Any:
+        """A guide whose variance is a plain number that training drives below 0 sooner or later."""
+        import jax.numpy as jnp
+        import numpyro
+        import numpyro.distributions as dist
+
+        def model(x: Any) -> None:
+            with numpyro.plate("data", len(x)):
+                z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+                numpyro.sample("x", dist.Normal(z[:, None], 0.1).to_event(1), obs=x)
+
+        def guide(x: Any) -> None:
+            variance = numpyro.param("variance", jnp.array(0.5))
+            with numpyro.plate("data", len(x)):
+                numpyro.sample("z", dist.Normal(x.mean(axis=-1), jnp.sqrt(variance)))
+
+        return model, guide
+
+    @staticmethod
     def nothing() -> Any:
         """No parameter at all."""
         import numpyro
@@ -292,6 +311,25 @@ class Pyro:
             tilt = pyro.param("tilt", torch.tensor(0.0))
             with pyro.plate("data", len(x)):
                 pyro.sample("z", dist.Normal(torch.sqrt(tilt * tilt), 1.0))
+
+        return model, guide
+
+    @staticmethod
+    def fragile() -> Any:
+        """A guide whose variance is a plain number that training drives below 0 sooner or later."""
+        import pyro
+        import pyro.distributions as dist
+        import torch
+
+        def model(x: Any) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z[:, None], 0.1).to_event(1), obs=x)
+
+        def guide(x: Any) -> None:
+            variance = pyro.param("variance", torch.tensor(0.5))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x.mean(dim=-1), torch.sqrt(variance)))
 
         return model, guide
 

@@ -109,16 +109,17 @@ class Pictures:
 
     engine = "numpyro"
 
-    def __init__(self, image_shape: tuple[int, ...]):
+    def __init__(self, image_shape: tuple[int, ...] = (), scope: str = ""):
         self.spec = SimpleNamespace(network=SimpleNamespace(image_shape=image_shape))
+        self.z, self.x = f"{scope}z", f"{scope}x"
 
     def apply(self, fn: Any, args: tuple, *, num_particles: int, seed: int) -> Any:
         zeros = np.zeros((num_particles, len(args[0])))
-        return fn(Terms(zeros, {"z": Site(zeros, zeros)}, observed={"x": zeros}, values={"z": zeros}))
+        return fn(Terms(zeros, {self.z: Site(zeros, zeros)}, observed={self.x: zeros}, values={self.z: zeros}))
 
     def predict(self, args: tuple, *, num_particles: int, seed: int, prior: bool) -> dict[str, Any]:
         shape = (num_particles, len(args[0]))
-        return {"latent": {"z": np.zeros(shape)}, "observed": {"x": np.ones((*shape, 6))}, "mean": {}}
+        return {"latent": {self.z: np.zeros(shape)}, "observed": {self.x: np.ones((*shape, 6))}, "mean": {}}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,17 @@ def test_images_have_rows_and_columns(shape: tuple[int, ...], dims: tuple[str, .
     found = to_arviz(Pictures(shape), DATA, num_draws=3)
     assert found["observed_data"]["x"].dims == ("data", *dims)
     assert found["posterior_predictive"]["x"].dims == ("chain", "draw", "data", *dims)
+    assert found["observed_data"]["x"].shape == (5, *shape[-len(dims) :])
     np.testing.assert_array_equal(found["observed_data"]["x"].values.reshape(5, 6), DATA)
+
+
+def test_a_scoped_site_is_no_path(tmp_path: Path) -> None:
+    found = to_arviz(Pictures(scope="outer/"), DATA, num_draws=3)
+    found.to_netcdf(str(tmp_path / "draws.nc"))
+    read = arviz.from_netcdf(str(tmp_path / "draws.nc"))
+    assert list(read["posterior"].data_vars) == ["outer.z"]
+    assert read["observed_data"]["outer.x"].dims == ("data", "pixel")
+    read.close()
 
 
 @pytest.mark.numpyro
@@ -181,6 +192,7 @@ def test_draws_have_the_moments_of_their_distributions(engine: str) -> None:
     found = to_arviz(program(engine), DATA, num_draws=1600)
     standard_error = 5 / np.sqrt(1600)
     z = found["posterior"]["z"].values[0]
+    assert len(np.unique(z)) == z.size  # two calls, no draw twice
     np.testing.assert_allclose(z.mean(axis=0), MEAN + 0.2, atol=0.7 * standard_error)
     np.testing.assert_allclose(z.std(axis=0), np.tile(np.exp(WIDE["encoder_log_scale"]), (5, 1)), rtol=0.1)
 

@@ -358,8 +358,8 @@ def peak_memory(num_particles: int, num_data: int) -> int:
 def test_memory_grows_with_neither_particles_nor_data() -> None:
     peak_memory(500, 32)  # imports and caches
     few, many_particles, many_data = peak_memory(500, 32), peak_memory(50_000, 32), peak_memory(500, 320)
-    # All weights would be 12.8 MB; those of the tail are 0.2 MB more.
-    assert many_particles < few + 500_000
+    # All weights of one batch would be 6.4 MB; the tail's, which grow as √K, and their work arrays come to half of one.
+    assert many_particles < few + 700_000
     assert many_data < few + 200_000
 
 

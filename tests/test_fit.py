@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compile_once import compile_once  # noqa: F401
+from compile_once import as_users_run_it, compile_once  # noqa: F401
 from programs import data, program
 from sklearn.datasets import load_digits
 
@@ -211,6 +211,7 @@ def test_progress_and_checkpoints_do_not_touch_training(engine: str, tmp_path: P
     assert same_history(plain, watched)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.pyro
 def test_pyro_leaves_no_trace() -> None:
     """The user's modules, the global parameter store, and every global random state."""
@@ -240,6 +241,7 @@ def test_pyro_leaves_no_trace() -> None:
     assert user.store == {"params": {}, "constraints": {}}
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.numpyro
 def test_numpyro_leaves_no_trace() -> None:
     import jax
