@@ -131,7 +131,7 @@ def main(config: Config) -> None:
             results=config.results.with_name("smoke_iwae_mnist.json"),
             checkpoints=config.checkpoints / "smoke",
         )
-    record = Record(config.results, __doc__.split("\n")[0], config, (config.engine,))
+    record = Record(config.results, (__doc__ or "").split("\n")[0], config, (config.engine,))
     figures: dict[str, list[dict[str, Any]]] = {}
     for seed, cell in itertools.product(config.seeds, config.cells):
         key = f"{config.data}-{config.engine}-{config.stages}-{config.num_particles}-{config.num_test}-{cell}-{seed}"

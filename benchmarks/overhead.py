@@ -300,7 +300,7 @@ def main(config: Config) -> None:
             pythae=False,
             results=config.results.with_name("smoke_overhead.json"),
         )
-    record = Record(config.results, __doc__.split("\n")[0], config, ("numpyro", "pyro"))
+    record = Record(config.results, (__doc__ or "").split("\n")[0], config, ("numpyro", "pyro"))
     record.content["cells"] = {}  # timings of different hours do not compare: measure all anew
     checks = {}
     for k in (1, 50):

@@ -8,7 +8,6 @@ from elbozoo.inference.evaluation import Evaluation, evaluate
 from elbozoo.inference.gradients import STL, DReG, GradientEstimator, Pathwise, ScoreFunction
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Bound, Objective, Renyi
 from elbozoo.inference.optimizers import Adam
-
 from elbozoo.inference.posterior import to_arviz
 from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, Shape
 from elbozoo.inference.terms import Site, Terms

@@ -139,7 +139,7 @@ class Trainer:
 
         gradient, (metrics, mutable) = jax.grad(loss, has_aux=True)(state.params)
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         return State(params, optimizer, mutable, state.key, state.step + 1), metrics | {"grad_norm": _norm(gradient)}
 
     def _epoch(self, state: State, data: tuple, order: jax.Array) -> tuple[State, dict[str, jax.Array]]:

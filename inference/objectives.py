@@ -107,13 +107,14 @@ class Bound(Objective):
     def check(self, terms: Terms) -> None:
         super().check(terms)
         self.gradient.check_terms(terms)
-        seen = self.__dict__.setdefault("_warned", set())  # Python's own "once" is reset whenever a library touches the filters
+        # Python's own "once" is reset whenever a library touches the filters.
+        seen = vars(self).setdefault("_warned", set())
         if terms.joint and self.num_particles > 1 and not isinstance(self, ELBO) and tuple(terms.sites) not in seen:
             seen.add(tuple(terms.sites))
             warnings.warn(
                 f"{type(self).__name__}: a sample site lies outside the data plate, so each particle has one joint "
-                "weight for the whole batch and the bound is as loose as that weight is variable. Put every latent inside the "
-                "plate for per-datum weights, or use ELBO.",
+                "weight for the whole batch, and the bound is as loose as that weight varies. Put every latent inside "
+                "the plate for per-datum weights, or use ELBO.",
                 stacklevel=2,
             )
 

@@ -52,7 +52,8 @@ class Adam:
         """The torch optimiser (one fused kernel over all parameters)."""
         import torch
 
-        rate = 0.0 if callable(self.learning_rate) else self.learning_rate  # a function's value is set before every step
+        # A function's value is set before every step.
+        rate = 0.0 if callable(self.learning_rate) else self.learning_rate
         return torch.optim.Adam(list(params), lr=rate, betas=(self.b1, self.b2), eps=self.eps, fused=True)
 
     def at(self, step: int) -> float:
@@ -61,5 +62,5 @@ class Adam:
 
 
 def _positive(name: str, value: Any, todo: str) -> None:
-    if not isinstance(value, numbers.Real) or not (math.isfinite(value) and value > 0):
+    if not isinstance(value, numbers.Real) or not (math.isfinite(value) and float(value) > 0):
         raise must(name, "be a finite number above 0", repr(value), todo)

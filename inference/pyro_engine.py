@@ -277,8 +277,8 @@ def _run(
     rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
     with _Replay(subsamples):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    nodes = guide_trace.nodes.items()
-    drawn = {n: s["value"] for n, s in nodes if s["type"] == "sample" and site_is_subsample(s)}
+    nodes: dict[str, Any] = dict(guide_trace.nodes)
+    drawn = {n: s["value"] for n, s in nodes.items() if s["type"] == "sample" and site_is_subsample(s)}
     values = {n: s["value"] for n, s in _samples(guide_trace).items() if not s["is_observed"]}
     aliases = {n: v.view_as(v) for n, v in values.items()}
     with _Replay({**drawn, **aliases}):

@@ -61,7 +61,7 @@ class Trainer:
             raise must("program", "have a parameter to train", "none", "Add pyro.param or a network to model or guide")
         self.adam = optimizer if isinstance(optimizer, Adam) else None
         make = self.adam.torch if self.adam else optimizer
-        self.optimizer = make(list(self.params.values())) if callable(make) and make is not Adam else None
+        self.optimizer: Any = make(list(self.params.values())) if callable(make) and make is not Adam else None
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise must(
                 "optimizer",
@@ -239,7 +239,7 @@ class Trainer:
 
 def _device(name: str | None) -> torch.device:
     try:
-        device = torch.device({None: "cpu", "gpu": "cuda"}.get(name, name))
+        device = torch.device("cpu" if name is None else "cuda" if name == "gpu" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
         found = ["cpu", *(["gpu"] if torch.cuda.is_available() else [])]

@@ -85,7 +85,9 @@ def expected(bound: Callable, nodes: Nodes, num_particles: int, beta: float = 1.
     return float(np.prod(nodes.weight[index], axis=0) @ bound(l[index]))
 
 
-def differentiate(f: Callable[[Params], float], at: Params, names: Sequence[str], step: float = 2e-3) -> dict[str, float]:
+def differentiate(
+    f: Callable[[Params], float], at: Params, names: Sequence[str], step: float = 2e-3
+) -> dict[str, float]:
     """Central differences of fourth order."""
     stencil = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
     return {n: sum(c * f({**at, n: at[n] + i * step}) for i, c in stencil) / step for n in names}
@@ -134,7 +136,7 @@ class LinearGaussian:
     @property
     def log_evidence(self) -> np.ndarray:
         covariance = self.W @ self.W.T + self.s2 * np.eye(len(self.b))
-        return np.asarray(multivariate_normal(self.b, covariance).logpdf(self.x))
+        return np.atleast_1d(multivariate_normal(self.b, covariance).logpdf(self.x))
 
     def posterior(self) -> tuple[np.ndarray, np.ndarray]:
         """Gain A and covariance S: the posterior is ``N(A (x - b), S)``. From the joint covariance's Schur complement."""
@@ -225,17 +227,25 @@ class Toy:
     def model_names(self) -> list[str]:
         return [n for n in self.params if not n.startswith("q")]
 
-    def gradient(self, bound: Callable, num_particles: int, num_nodes: int, names: Sequence[str], beta: float = 1.0) -> dict[str, float]:
+    def gradient(
+        self, bound: Callable, num_particles: int, num_nodes: int, names: Sequence[str], beta: float = 1.0
+    ) -> dict[str, float]:
         """The exact gradient of ``E[F(l_1 … l_K)]``."""
-        return differentiate(lambda p: expected(bound, self.nodes(p, p, num_nodes), num_particles, beta), self.params, names)
+        return differentiate(
+            lambda p: expected(bound, self.nodes(p, p, num_nodes), num_particles, beta), self.params, names
+        )
 
     def stl_gradient(self, bound: Callable, num_particles: int, num_nodes: int) -> dict[str, float]:
         """What sticking the landing estimates: the derivative with the guide's parameters inside ``log q`` held."""
         held = self.params
-        return differentiate(lambda p: expected(bound, self.nodes(p, held, num_nodes), num_particles), self.params, self.guide_names)
+        return differentiate(
+            lambda p: expected(bound, self.nodes(p, held, num_nodes), num_particles), self.params, self.guide_names
+        )
 
 
-def estimates(engine: str, toy: Toy, objectives: Sequence[Any], draws: int, seed: int = 0) -> list[dict[str, tuple[float, float]]]:
+def estimates(
+    engine: str, toy: Toy, objectives: Sequence[Any], draws: int, seed: int = 0
+) -> list[dict[str, tuple[float, float]]]:
     """Mean and standard error of every objective's gradient over ``draws`` independent draws, by parameter.
 
     Every datum has its own copy of the parameters and the same ``x``, so one backward pass gives ``draws`` independent gradients.

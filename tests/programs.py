@@ -19,8 +19,10 @@ def program(engine: str, name: str) -> Any:
 def data(num_data: int = 60, seed: int = 1) -> np.ndarray:
     """Correlated, off centre; (N, 3)."""
     rng = np.random.default_rng(seed)
-    return 1.0 + rng.normal(size=(num_data, 2)) @ np.array([[1.0, -0.5, 0.3], [0.2, 0.8, 0.0]]) + 0.1 * rng.normal(
-        size=(num_data, 3)
+    return (
+        1.0
+        + rng.normal(size=(num_data, 2)) @ np.array([[1.0, -0.5, 0.3], [0.2, 0.8, 0.0]])
+        + 0.1 * rng.normal(size=(num_data, 3))
     )
 
 
@@ -270,9 +272,7 @@ class Pyro:
         """A network whose batch normalisation keeps running statistics (buffers)."""
         from torch import nn
 
-        return Pyro._with_encoder(
-            lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
-        )
+        return Pyro._with_encoder(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)))
 
     @staticmethod
     def regression() -> Any:

@@ -41,7 +41,12 @@ def held(terms: Terms) -> dict[str, Any]:
 def held_and_made(terms: Terms) -> dict[str, Any]:
     """Those, and what a second run of the guide gives."""
     rescaled = terms.freeze(0.5 + 0.0 * terms.log_weight).log_weight
-    return {**held(terms), "frozen": terms.freeze().log_weight, "rescaled": rescaled, "scores": dict(terms.log_guide_at_stopped_values())}
+    return {
+        **held(terms),
+        "frozen": terms.freeze().log_weight,
+        "rescaled": rescaled,
+        "scores": dict(terms.log_guide_at_stopped_values()),
+    }
 
 
 def read(
@@ -61,7 +66,9 @@ def read(
 
         from elbozoo.inference import numpyro_engine
 
-        out = jax.jit(lambda key: measure(numpyro_engine.particles(key, {}, *program, (), **options)[0]))(jax.random.key(seed))
+        out = jax.jit(lambda key: measure(numpyro_engine.particles(key, {}, *program, (), **options)[0]))(
+            jax.random.key(seed)
+        )
         out = jax.tree.map(np.asarray, out)
     else:
         import pyro
@@ -93,13 +100,17 @@ def handlers(engine: str) -> Any:
     return poutine
 
 
-def loss_of(engine: str, objective: Any, model: Callable, guide: Callable, *args: Any, seed: int = 0, **options: Any) -> float:
+def loss_of(
+    engine: str, objective: Any, model: Callable, guide: Callable, *args: Any, seed: int = 0, **options: Any
+) -> float:
     if engine == "numpyro":
         import jax
 
         from elbozoo.inference.numpyro_engine import Loss
 
-        return float(jax.jit(lambda key: Loss(objective, **options).loss(key, {}, model, guide, *args))(jax.random.key(seed)))
+        return float(
+            jax.jit(lambda key: Loss(objective, **options).loss(key, {}, model, guide, *args))(jax.random.key(seed))
+        )
     import pyro
 
     from elbozoo.inference.pyro_engine import Loss
@@ -311,7 +322,13 @@ WAYS = [(1, True), (5, True), (3, False)]
 
 @cache
 def reading(engine: str, case: int, num_particles: int, vectorize: bool) -> Any:
-    return read(engine, ARRANGEMENTS[case].program(library(engine)), held_and_made, num_particles=num_particles, vectorize=vectorize)
+    return read(
+        engine,
+        ARRANGEMENTS[case].program(library(engine)),
+        held_and_made,
+        num_particles=num_particles,
+        vectorize=vectorize,
+    )
 
 
 READINGS = [
@@ -504,7 +521,10 @@ def test_mask_handler(engine: str, where: str, analytic_kl: bool) -> None:
                     lib.sample("x", lib.dist.Normal(z, 1.0).to_event(1), obs=lib.array(SQUARE))
 
     def guide() -> None:
-        with lib.plate("data", 3, dim=-1), handlers(engine).mask(mask=lib.array(keep if where == "whole datum" else np.ones(3, dtype=bool))):
+        with (
+            lib.plate("data", 3, dim=-1),
+            handlers(engine).mask(mask=lib.array(keep if where == "whole datum" else np.ones(3, dtype=bool))),
+        ):
             lib.sample("z", lib.dist.Normal(lib.array(np.full(3, 0.3)), 0.7).to_event(1))
 
     terms = read(engine, (model, guide), analytic_kl=analytic_kl)
@@ -570,9 +590,15 @@ def test_factor_and_deterministic_sites(engine: str) -> None:
 @pytest.mark.parametrize(
     ("sites", "message"),
     [
-        ([], r"guide must draw every latent site of the model; got no site 'z'\. Add (num)?pyro\.sample\('z', …\) to the guide\."),
+        (
+            [],
+            r"guide must draw every latent site of the model; got no site 'z'\. Add (num)?pyro\.sample\('z', …\) to the guide\.",
+        ),
         (["z", "y"], r"guide must draw only latent sites of the model; got 'y'\. Mark an auxiliary site with infer="),
-        (["z", "x"], r"guide must draw only latent sites of the model; got the observed site 'x'\. Remove it from the guide\."),
+        (
+            ["z", "x"],
+            r"guide must draw only latent sites of the model; got the observed site 'x'\. Remove it from the guide\.",
+        ),
     ],
     ids=["missing", "extra", "observed"],
 )
@@ -611,7 +637,10 @@ def test_program_that_cannot_broadcast_is_refused_with_a_way_out() -> None:
             lib.sample("x", lib.dist.Normal(z.reshape(5), 1.0), obs=lib.array(X5))
 
     _, guide = _data_plate(lib)
-    with pytest.raises(InvalidArgument, match=r"(?s)program must broadcast over a leading particle dim; got .* pass vectorize_particles=False\."):
+    with pytest.raises(
+        InvalidArgument,
+        match=r"(?s)program must broadcast over a leading particle dim; got .* pass vectorize_particles=False\.",
+    ):
         loss_of("pyro", IWAE(3), model, guide)
     loss_of("pyro", IWAE(3), model, guide, vectorize_particles=False)
 
@@ -637,13 +666,16 @@ def _two_latents(lib: Any, model_order: str, guide_order: str) -> tuple[Callable
 
 
 @pytest.mark.parametrize(
-    ("model_order", "guide_order", "analytic"), [("ab", "ab", {"a", "b"}), ("ba", "ab", {"b"}), ("ba", "ba", {"a", "b"}), ("ab", "ba", {"a"})]
+    ("model_order", "guide_order", "analytic"),
+    [("ab", "ab", {"a", "b"}), ("ba", "ab", {"b"}), ("ba", "ba", {"a", "b"}), ("ab", "ba", {"a"})],
 )
-def test_analytic_kl_only_where_its_parents_were_drawn(engine: str, model_order: str, guide_order: str, analytic: set[str]) -> None:
+def test_analytic_kl_only_where_its_parents_were_drawn(
+    engine: str, model_order: str, guide_order: str, analytic: set[str]
+) -> None:
     """The model's second site may depend on its first: where the guide draws them the other way round, that KL is sampled."""
     terms = read(engine, _two_latents(library(engine), model_order, guide_order), analytic_kl=True)
     assert {n for n, s in terms.sites.items() if s.kl is not None} == analytic
-    values = {n: v for n, v in terms.values.items()}
+    values = dict(terms.values)
     p = {model_order[0]: (0.2, 1.0), model_order[1]: (0.8 * values[model_order[0]], 1.2)}
     q = {guide_order[0]: (0.3, 0.7), guide_order[1]: (0.5 * values[guide_order[0]], 0.6)}
     for name, site in terms.sites.items():
@@ -660,7 +692,11 @@ def test_analytic_kl_keeps_the_dimensions_of_a_latent_plate(engine: str) -> None
 
     def arrays(terms: Terms) -> dict[str, Any]:
         shaped = FreeBits(ELBO(), free_bits=10.0).shape(terms)
-        return {"kl": terms.sites["z"].kl, "rate_terms": terms.sites["z"].rate_terms, "charged": shaped.sites["z"].shaped_rate}
+        return {
+            "kl": terms.sites["z"].kl,
+            "rate_terms": terms.sites["z"].rate_terms,
+            "charged": shaped.sites["z"].shaped_rate,
+        }
 
     for program in (_event_dims, _latent_plate):
         out = read(engine, program(library(engine)), arrays, analytic_kl=True)
@@ -700,9 +736,8 @@ def test_mean_field_kl_agrees_with_the_librarys(engine: str) -> None:
         library_loss = TraceMeanField_ELBO(num_particles=4000).loss
         reference = -float(jax.jit(lambda key: library_loss(key, {}, model, guide))(jax.random.key(1)))
     else:
-        from pyro.infer import TraceMeanField_ELBO
-
         import pyro
+        from pyro.infer import TraceMeanField_ELBO
 
         pyro.set_rng_seed(1)
         options = {"num_particles": 4000, "vectorize_particles": True, "max_plate_nesting": 1}
@@ -787,7 +822,9 @@ def test_the_same_values_give_the_same_terms_in_both_engines() -> None:
     for make in (_event_dims, lambda lib: _two_latents(lib, "ba", "ab")):
         theirs = read("pyro", make(library("pyro")), num_particles=1, analytic_kl=True)
         model, guide = make(library("numpyro"))
-        guide = numpyro.handlers.substitute(guide, data={n: library("numpyro").array(v[0]) for n, v in theirs.values.items()})
+        guide = numpyro.handlers.substitute(
+            guide, data={n: library("numpyro").array(v[0]) for n, v in theirs.values.items()}
+        )
         ours = read("numpyro", (model, guide), num_particles=1, analytic_kl=True)
         np.testing.assert_allclose(ours.log_lik, theirs.log_lik, rtol=1e-10)
         for name, site in ours.sites.items():
@@ -799,7 +836,9 @@ def test_the_same_values_give_the_same_terms_in_both_engines() -> None:
                     np.testing.assert_allclose(mine, other, rtol=1e-10)
 
 
-@pytest.mark.parametrize("gradient", [ScoreFunction(pathwise_where_possible=False), STL(), DReG()], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize(
+    "gradient", [ScoreFunction(pathwise_where_possible=False), STL(), DReG()], ids=lambda g: type(g).__name__
+)
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.filterwarnings("ignore:IWAE. a sample site lies outside:UserWarning")
 def test_the_loss_is_the_bound_whatever_the_estimator(engine: str, gradient: Any, vectorize: bool) -> None:

@@ -169,7 +169,9 @@ def epoch_of(checkpoint: Path) -> int:
 
 if __name__ == "__main__":
     where = Path(sys.argv[2])
-    found = nursery(sys.argv[1], where, int(sys.argv[3]), int(sys.argv[4]), None if sys.argv[5:] else where / "compiled")
+    found = nursery(
+        sys.argv[1], where, int(sys.argv[3]), int(sys.argv[4]), None if sys.argv[5:] else where / "compiled"
+    )
     print(json.dumps(found))
     sys.exit()
 
@@ -353,7 +355,16 @@ def test_resuming_with_another_program_is_refused(whole: tuple[str, Path], tmp_p
     shutil.copytree(source, tmp_path / "run")
     other = getattr(LinearVAE(3, 1, scale=0.5), engine)()
     with pytest.raises(InvalidArgument, match="different .*spec"):
-        fit(other, data(), directory=tmp_path / "run", resume=True, epochs=4, batch_size=20, learning_rate=0.01, progress=False)
+        fit(
+            other,
+            data(),
+            directory=tmp_path / "run",
+            resume=True,
+            epochs=4,
+            batch_size=20,
+            learning_rate=0.01,
+            progress=False,
+        )
 
 
 def test_a_checkpoint_of_other_arrays_is_refused(whole: tuple[str, Path], tmp_path: Path) -> None:
@@ -364,7 +375,9 @@ def test_a_checkpoint_of_other_arrays_is_refused(whole: tuple[str, Path], tmp_pa
     shutil.copytree(source, tmp_path / "run")
     for other in (arrays | {name: arrays[name].astype(np.float32)}, {n: a for n, a in arrays.items() if n != name}):
         save_arrays(tmp_path / "run" / FILES[0], other, notes)
-        with pytest.raises(CorruptFile, match="checkpoint must hold the state of this program and optimizer; got a mismatch"):
+        with pytest.raises(
+            CorruptFile, match="checkpoint must hold the state of this program and optimizer; got a mismatch"
+        ):
             linear(engine, directory=tmp_path / "run", resume=True, epochs=4)
 
 
@@ -417,7 +430,9 @@ JSON_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "altered value": lambda b: b.replace(b"2", b"3", 1),
     "altered key": lambda b: flip(b, b.index(b'"') + 1),
     "altered checksum": lambda b: flip(b, b.index(b"sha256") + 20),
-    "value dropped": lambda b: json.dumps({k: v for k, v in json.loads(b).items() if k not in ("seed", "rows")}).encode(),
+    "value dropped": lambda b: json.dumps(
+        {k: v for k, v in json.loads(b).items() if k not in ("seed", "rows")}
+    ).encode(),
     "checksum dropped": lambda b: json.dumps({k: v for k, v in json.loads(b).items() if k != "sha256"}).encode(),
     "zeros": DAMAGE["zeros"],
     "text": DAMAGE["text"],
@@ -549,7 +564,9 @@ def test_a_disk_that_fills_up_loses_no_checkpoint(
         folder = tmp_path / f"after-{after}"
         with monkeypatch.context() as patch:
             Disk(patch, call, after)
-            with pytest.raises(WriteFailed, match="must be writable, on a disk with room; got OSError: No space left") as info:
+            with pytest.raises(
+                WriteFailed, match="must be writable, on a disk with room; got OSError: No space left"
+            ) as info:
                 linear(engine, epochs=3, directory=folder)
         assert str(folder) in str(info.value)
         expected = [FILES[0]] * min(after, 1) + [FILES[1]] * (after > 3) + [FILES[3]] * (after > 4)
@@ -670,14 +687,15 @@ CASES: dict[str, tuple[Any, int, dict[str, set[str]]]] = {
 def test_a_non_finite_value_stops_at_the_last_good_state(engine: str, case: str, tmp_path: Path) -> None:
     """Site, step and run; the run has the weights of one that stopped by itself before that step (3 steps an epoch)."""
     rate, step, sites = CASES[case]
-    error = stops(engine=engine, epochs=4, learning_rate=rate, directory=tmp_path / "run", objective=ELBO(analytic_kl=False))
+    error = stops(
+        engine=engine, epochs=4, learning_rate=rate, directory=tmp_path / "run", objective=ELBO(analytic_kl=False)
+    )
     assert error.step == step
     assert error.site in sites[engine]
     assert f"site '{error.site}' must stay finite while training; got a non-finite value at step {step}" in str(error)
     assert isinstance(error, FloatingPointError)
     assert len(error.run.history) == step // 3
-    if "exploding" not in case and "underflow" not in case:
-        assert_finite(error.run)
+    assert_finite(error.run)
     replayed = replay(engine, rate, step)
     for name, value in replayed.items():
         np.testing.assert_allclose(error.run.weights[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
@@ -739,12 +757,12 @@ def test_running_statistics_of_a_bad_step_are_not_kept() -> None:
 
 
 def test_one_bad_replicate_is_named_by_its_seed(engine: str, tmp_path: Path) -> None:
-    """A program whose noise decides: ``stays`` for one seed, breaks for the next."""
-    alone = [breaks_at(engine, seed) for seed in (0, 1, 2)]
+    """Noise decides at which step each seed breaks. On JAX all train at once, and the first to break is named."""
+    alone = [breaks_at(engine, seed) for seed in range(4)]
     assert len(set(alone)) > 1, "all seeds break at one step, so this shows nothing"
     with pytest.raises(NonFinite) as info:
-        fit_fragile(engine, seed=0, replicates=3, directory=tmp_path / "run")
-    first = min(range(3), key=lambda r: alone[r]) if engine == "numpyro" else 0
+        fit_fragile(engine, seed=0, replicates=4, directory=tmp_path / "run")
+    first = min(range(4), key=lambda r: alone[r]) if engine == "numpyro" else 0
     assert info.value.step == alone[first]
     assert info.value.run.config["seed"] == first
     assert_finite(info.value.run)
@@ -753,8 +771,8 @@ def test_one_bad_replicate_is_named_by_its_seed(engine: str, tmp_path: Path) -> 
 
 
 def fit_fragile(engine: str, seed: int, **options: Any) -> Any:
-    """An unconstrained scale that noise drives below 0 in the end."""
-    return fit(program(engine, "fragile"), data(), seed=seed, epochs=40, batch_size=6, learning_rate=0.05, progress=False, **options)
+    options |= {"epochs": 3, "batch_size": 6, "learning_rate": 0.06, "progress": False}
+    return fit(program(engine, "fragile"), data(), seed=seed, **options)
 
 
 def breaks_at(engine: str, seed: int) -> int:
@@ -764,7 +782,9 @@ def breaks_at(engine: str, seed: int) -> int:
     return info.value.step
 
 
-def test_a_full_disk_does_not_hide_a_non_finite_value(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_hide_a_non_finite_value(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -787,13 +807,28 @@ BINARY = (GREY > 0.5) * 1.0
 BAD_DATA: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "grey to Bernoulli": (Bernoulli(), GREY, {}, r"x must be 0 or 1 under a Bernoulli.*binarize=\"stochastic\""),
     "above 1 to Bernoulli": (Bernoulli(), 255 * BINARY, {}, "x must be 0 or 1"),
-    "8-bit pixels, binarised": (Bernoulli(), 255 * GREY, {"binarize": "stochastic"}, r"data must lie in \[0, 1\] to be binarised"),
+    "8-bit pixels, binarised": (
+        Bernoulli(),
+        255 * GREY,
+        {"binarize": "stochastic"},
+        r"data must lie in \[0, 1\] to be binarised",
+    ),
     "below 0, binarised": (Bernoulli(), GREY - 0.5, {"binarize": "threshold"}, r"data must lie in \[0, 1\]"),
     "above 1 to continuous Bernoulli": (ContinuousBernoulli(), 2 * GREY, {}, r"x must lie in \[0, 1\]"),
     "between levels": (DiscretizedLogistic(levels=4), GREY, {}, "x must be a multiple of 1/3"),
     "above the levels": (DiscretizedLogistic(levels=4), 4 * BINARY, {}, "x must be a multiple of 1/3"),
-    "infinite": (Gaussian(), np.where(BINARY > 0, np.inf, GREY), {}, "data must be finite; got 5 data with NaN or infinite"),
-    "NaN": (Gaussian(), np.where(np.arange(24).reshape(6, 4) == 9, np.nan, GREY), {}, "data must be finite; got 1 .*at index 2"),
+    "infinite": (
+        Gaussian(),
+        np.where(BINARY > 0, np.inf, GREY),
+        {},
+        "data must be finite; got 5 data with NaN or infinite",
+    ),
+    "NaN": (
+        Gaussian(),
+        np.where(np.arange(24).reshape(6, 4) == 9, np.nan, GREY),
+        {},
+        "data must be finite; got 1 .*at index 2",
+    ),
     "NaN, binarised": (Bernoulli(), np.full((6, 4), np.nan), {"binarize": "stochastic"}, "data must be finite"),
     "NaN held out": (Gaussian(), GREY, {"valid": GREY * np.nan}, "data must be finite"),
     "grey held out": (Bernoulli(), BINARY, {"valid": GREY}, "x must be 0 or 1"),
@@ -851,7 +886,10 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "large seed": ({"seed": 2**31}, r"seed must be below 2\*\*31"),
     "checkpoints": ({"checkpoint_every": 0}, "checkpoint_every must"),
     "replicates": ({"replicates": 0}, "replicates must"),
-    "binarize": ({"binarize": "stochastik"}, r"binarize must be one of \[.*; got 'stochastik'. The nearest is 'stochastic'"),
+    "binarize": (
+        {"binarize": "stochastik"},
+        r"binarize must be one of \[.*; got 'stochastik'. The nearest is 'stochastic'",
+    ),
     "objective": ({"objective": "ELBO"}, "objective must be an objective; got 'ELBO'"),
     "objective's class": ({"objective": ELBO}, "objective must be an objective"),
     "learning rate": ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0; got 0.0"),
@@ -861,8 +899,14 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "optimizer's class": ({"optimizer": Adam}, "optimizer must be an Adam or"),
     "a number for an optimizer": ({"optimizer": 1e-3}, "optimizer must be an Adam or"),
     "early stopping without held-out data": ({"early_stopping": 2}, "early_stopping must go with held-out data"),
-    "early stopping with replicates": ({"early_stopping": 2, "valid": GREY, "replicates": 2}, "early_stopping must go with"),
-    "early stopping at once": ({"early_stopping": 0, "valid": GREY}, "early_stopping must be a whole number of at least 1"),
+    "early stopping with replicates": (
+        {"early_stopping": 2, "valid": GREY, "replicates": 2},
+        "early_stopping must go with",
+    ),
+    "early stopping at once": (
+        {"early_stopping": 0, "valid": GREY},
+        "early_stopping must be a whole number of at least 1",
+    ),
     "resume without a directory": ({"resume": True}, "directory must be given to resume"),
     "GPU": ({"device": "gpu"}, "device must be one that (JAX|torch) can see here; got 'gpu'"),
     "CUDA": ({"device": "cuda"}, "device must be one that (JAX|torch) can see here; got 'cuda'"),
@@ -937,7 +981,9 @@ def test_bad_objectives_and_optimizers_are_refused_when_built(make: Callable[[],
 def test_a_program_without_weights_is_not_evaluated() -> None:
     from elbozoo.inference.evaluation import evaluate
 
-    with pytest.raises(InvalidArgument, match="program must have trained parameters; got an untrained program. Call fit"):
+    with pytest.raises(
+        InvalidArgument, match="program must have trained parameters; got an untrained program. Call fit"
+    ):
         evaluate(LinearVAE(3, 2).numpyro(), data(), num_particles=2)
 
 
@@ -972,4 +1018,4 @@ def no_leftovers(tmp_path: Path) -> Iterator[None]:
     """Whatever went wrong, no temporary file stays (but for processes killed while writing, which the first test starts)."""
     yield
     if not (tmp_path / "reference" / "config.json").exists() or not (tmp_path / "compiled").exists():
-        assert [p for p in tmp_path.rglob(".*")] == []
+        assert list(tmp_path.rglob(".*")) == []

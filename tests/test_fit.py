@@ -38,7 +38,9 @@ def digits(engine: str, spec: Any = SPEC, **options: Any) -> Any:
 
 def quick(engine: str, name: str = "location", **options: Any) -> Any:
     defaults = {"epochs": 3, "batch_size": 16, "learning_rate": 0.1, "progress": False}
-    return fit(options.pop("program", None) or program(engine, name), options.pop("data", data()), **(defaults | options))
+    return fit(
+        options.pop("program", None) or program(engine, name), options.pop("data", data()), **(defaults | options)
+    )
 
 
 def same_weights(a: Any, b: Any) -> bool:
@@ -58,7 +60,7 @@ def test_an_epoch_visits_data_once_and_another_rest_sits_out() -> None:
     for order in epochs:
         assert order.shape == (3, 8)
         assert len(np.unique(order)) == 24
-        assert 0 <= order.min()
+        assert order.min() >= 0
         assert order.max() <= 24
     left_out = np.bincount([25 * 24 // 2 - order.sum() for order in epochs], minlength=25)
     assert left_out.min() > 0, "some datum is never, or always, left out"
@@ -87,7 +89,9 @@ class Decay:
         return self.start / (1.0 + step / self.over)
 
 
-def by_hand(update: Callable[[np.ndarray, int], np.ndarray], epochs: int = 3, batch: int = 16, seed: int = 0) -> np.ndarray:
+def by_hand(
+    update: Callable[[np.ndarray, int], np.ndarray], epochs: int = 3, batch: int = 16, seed: int = 0
+) -> np.ndarray:
     """Maximise ``mean log N(x; mu, 1)`` with the documented minibatches; ``update(gradient of the loss, step)``."""
     x, mu, step = data(), np.zeros(3), 0
     for epoch in range(epochs):
@@ -127,7 +131,11 @@ OPTIMIZERS: dict[str, tuple[Callable[[str], dict[str, Any]], Callable[[], Any], 
     "adam": (lambda e: {"learning_rate": 0.1}, lambda: adam_by_hand(lambda step: 0.1), 1e-12),
     "adam with a decaying rate": (lambda e: {"learning_rate": Decay()}, lambda: adam_by_hand(Decay()), 1e-12),
     # torch divides by the norm plus 1e-6
-    "adam, clipped": (lambda e: {"optimizer": Adam(0.1, clip_norm=0.2)}, lambda: adam_by_hand(lambda step: 0.1, 0.2), 1e-5),
+    "adam, clipped": (
+        lambda e: {"optimizer": Adam(0.1, clip_norm=0.2)},
+        lambda: adam_by_hand(lambda step: 0.1, 0.2),
+        1e-5,
+    ),
     "the library's own": (lambda e: {"optimizer": plain_sgd(e)}, lambda: lambda gradient, step: -0.2 * gradient, 1e-12),
 }
 
@@ -253,7 +261,9 @@ def test_numpyro_leaves_no_trace() -> None:
     trained = jax.tree.map(np.array, (run.program.params, run.program.mutable))
     further = quick("numpyro", program=run.program)
     assert states == (np.random.get_state()[1].tolist(), random.getstate())
-    for mine, now in zip(jax.tree.leaves(trained), jax.tree.leaves((run.program.params, run.program.mutable)), strict=True):
+    for mine, now in zip(
+        jax.tree.leaves(trained), jax.tree.leaves((run.program.params, run.program.mutable)), strict=True
+    ):
         np.testing.assert_array_equal(mine, np.asarray(now))
     assert not same_weights(run.weights, further.weights)
 
@@ -292,7 +302,9 @@ def test_replicates_are_single_runs_with_the_next_seeds(engine: str, binarize: s
             np.testing.assert_allclose(run.weights[name], value, err_msg=name, **tolerance)
         for row, other in zip(run.history, alone.history, strict=True):
             assert row.keys() == other.keys()
-            np.testing.assert_allclose(*([v for k, v in h.items() if k != "seconds"] for h in (row, other)), **tolerance)
+            np.testing.assert_allclose(
+                *([v for k, v in h.items() if k != "seconds"] for h in (row, other)), **tolerance
+            )
     assert not same_weights(together[0].weights, together[1].weights)
 
 

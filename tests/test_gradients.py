@@ -148,7 +148,9 @@ def test_unbiased(engine: str, table: int, r: int) -> None:
     limit = LIMIT["score" if "Score" in str(row) else "other"]
     for name, (mean, error) in estimate.items():
         assert abs(mean - truth[name]) < SIGMAS * error + 1e-7, f"{name}: {mean} ± {error}, exactly {truth[name]}"
-        assert SIGMAS * error < limit * norm[name], f"{name}: no power, ± {error} beside a gradient of norm {norm[name]}"
+        assert SIGMAS * error < limit * norm[name], (
+            f"{name}: no power, ± {error} beside a gradient of norm {norm[name]}"
+        )
 
 
 @pytest.mark.parametrize("engine", ["numpyro", "pyro"])
@@ -198,6 +200,8 @@ def test_leave_one_out_is_vimcos_geometric_baseline() -> None:
 @pytest.mark.parametrize("engine", ["numpyro", "pyro"])
 @pytest.mark.parametrize("gradient", [Pathwise(), STL(), DReG()], ids=str)
 def test_non_reparameterised_site_is_refused(engine: str, gradient: Any) -> None:
-    message = rf"site 'd' under {type(gradient).__name__} must have a reparameterised guide distribution; got Categorical"
+    message = (
+        rf"site 'd' under {type(gradient).__name__} must have a reparameterised guide distribution; got Categorical"
+    )
     with pytest.raises(Refused, match=message):
         oracles.estimates(engine, DISCRETE, [IWAE(2, gradient)], 10)

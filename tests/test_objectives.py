@@ -109,7 +109,10 @@ def test_reported_bound(arrays: str, bound: Any, oracle: Callable) -> None:
 def _numerical(bound: Any, order: int) -> np.ndarray:
     """First derivative by l_k, or second (the Hessian's diagonal), by central differences of fourth order."""
     out, h = np.empty_like(L), 1e-2 if order == 2 else 1e-3
-    stencil = {1: {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}, 2: {-2: -1 / 12, -1: 4 / 3, 0: -5 / 2, 1: 4 / 3, 2: -1 / 12}}
+    stencil = {
+        1: {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12},
+        2: {-2: -1 / 12, -1: 4 / 3, 0: -5 / 2, 1: 4 / 3, 2: -1 / 12},
+    }
     for k in range(len(L)):
         step = np.zeros_like(L)
         step[k] = h
@@ -132,7 +135,9 @@ def test_derivatives_by_jax(bound: Any, oracle: Callable) -> None:
 
     @jax.jit
     def compute(flat: Any) -> Any:
-        columns = jax.vmap(lambda l: (bound.value(l), jax.grad(bound.value)(l), jnp.diag(jax.hessian(bound.value)(l))), 1, (0, 1, 1))(flat)
+        columns = jax.vmap(
+            lambda l: (bound.value(l), jax.grad(bound.value)(l), jnp.diag(jax.hessian(bound.value)(l))), 1, (0, 1, 1)
+        )(flat)
         return columns, (bound.value(flat), bound.weight(flat), bound.curvature(flat))
 
     for got, want in zip(*compute(L.reshape(6, 6)), strict=True):
@@ -176,7 +181,9 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize(("bound", "limit", "num", "tolerance"), [row[1:] for row in LIMITS], ids=[row[0] for row in LIMITS])
+@pytest.mark.parametrize(
+    ("bound", "limit", "num", "tolerance"), [row[1:] for row in LIMITS], ids=[row[0] for row in LIMITS]
+)
 def test_limits(bound: Any, limit: Any, num: int, tolerance: float) -> None:
     np.testing.assert_allclose(bound.value(L[:num]), limit.value(L[:num]), atol=tolerance, rtol=1e-12)
     np.testing.assert_allclose(bound.weight(L[:num]), limit.weight(L[:num]), atol=tolerance, rtol=1e-12)
@@ -278,7 +285,9 @@ REFUSED = [
     [(*row, InvalidArgument) for row in INVALID] + [(*row, Refused) for row in REFUSED],
     ids=[f"{name}={got}-{i}" for i, (_, name, got) in enumerate([*INVALID, *REFUSED])],
 )
-def test_refusals(build: Callable, name: str, got: object, kind: type[ElbozooError], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(
+    build: Callable, name: str, got: object, kind: type[ElbozooError], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``<name> must <condition>; got <value>. <what to do>.``"""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users run without the checks that tests install
     with pytest.raises(kind) as caught:
