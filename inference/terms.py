@@ -33,8 +33,8 @@ class Site:
         guide_family: the class name of the guide's distribution, for messages.
     """
 
-    log_prior: Float[Any, K * P]
-    log_guide: Float[Any, K * P]
+    log_prior: Float[Any, "K *P"]
+    log_guide: Float[Any, "K *P"]
     log_prior_terms: Float[Any, "K *P D"] | None = None
     log_guide_terms: Float[Any, "K *P D"] | None = None
     kl: Float[Any, "K *P E"] | None = None
@@ -89,7 +89,7 @@ class Terms:
         redraw: engine callback behind :meth:`log_guide_at_stopped_values`.
     """
 
-    log_lik: Float[Any, K * P]
+    log_lik: Float[Any, "K *P"]
     sites: Mapping[str, Site]
     step: Any = 0
     scale: Any = 1.0
