@@ -35,7 +35,7 @@ from elbozoo.guides import Family
 from elbozoo.inference import ELBO, IWAE, Adam, AnnealedKL, ElbozooError, FreeBits, Objective, Run, fit, storage
 from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.evaluation import Evaluation, PerDatum, evaluate
-from elbozoo.inference.parts import one_of
+from elbozoo.inference.parts import one_of, whole_number
 from elbozoo.inference.training import CHECKPOINT, WEIGHTS, Binarize
 from elbozoo.zoo import MLP, VAE, Bernoulli, Likelihood, Network, Spec
 
@@ -247,6 +247,8 @@ class Measuring:
 
     def measure(self, runs: Mapping[Path, Run]) -> Measured:
         """Evaluate the runs of some folders; what was measured before in the same way is read from the folder."""
+        if self.num_data is not None:
+            whole_number("--num-data", self.num_data)
         found = Measured({}, {}, {}, {})
         for folder, run in runs.items():
             name = self.data or run.config.get("dataset")
@@ -257,7 +259,8 @@ class Measuring:
                 say(f"{folder}: measured on its training data; --data takes another file.")
             images = Data.read(name, self.data_dir).test[: self.num_data]
             x = run.prepare(images)
-            label = folder.name if sum(f.name == folder.name for f in runs) == 1 else str(folder)
+            names = [f.resolve().name for f in runs]
+            label = folder.resolve().name if names.count(folder.resolve().name) == 1 else str(folder)
             found.runs[label], found.images[label] = run, images
             found.digests[label] = storage.checksum(x)
             found.evaluations[label] = self._evaluate(run, folder, x, found.digests[label], Path(name).stem)
