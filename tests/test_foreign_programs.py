@@ -227,7 +227,7 @@ def test_pyro_subsampled_plate_lands_at_the_maximum_likelihood() -> None:
             tail.append([pyro.param(n).item() for n in "was"])
     w, a, scale = np.mean(tail, axis=0)
     square = float((POINTS**2).mean())
-    assert w**2 + 0.25 == pytest.approx(square, rel=0.06)
+    assert w**2 + 0.25 == pytest.approx(square, rel=0.1)
     assert a == pytest.approx(w / (w**2 + 0.25), rel=0.03)
     assert scale == pytest.approx((0.25 / (w**2 + 0.25)) ** 0.5, rel=0.03)
     best = -stats.norm.logpdf(POINTS, 0, square**0.5).sum()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compile_once import compile_once  # noqa: F401
+from compile_once import as_users_run_it, compile_once  # noqa: F401
 from scipy.stats import multivariate_normal
 
 from elbozoo.inference import ELBO, Beta, Run, fit
@@ -26,18 +26,16 @@ from elbozoo.zoo.linear_vae import (
     squared_error,
 )
 
-TWINS = [LinearVAE(3, 2), LinearVAE(3, 2, learn_scale=True, guide="full")]
-
 EIGENVALUES = np.array([9.0, 3.0, 1.0, 0.3, 0.1])
 LATENTS = 4  # the fifth direction has no latent to serve it
 AXES = np.linalg.qr(np.random.default_rng(1).normal(size=(5, 5)))[0]  # columns: the principal directions
 MEAN = np.array([1.0, -2.0, 0.0, 3.0, 0.5])
 
-# What training leaves. The gradient's noise is that of one latent draw a datum, so a parameter ends about
-# sqrt(last learning rates / 3000 data) from the optimum, and the slowest direction (λ/θ = 1.7, so that little is gained by
-# serving it) converges with a time constant of some 300 of the 1500 steps. Runs with other seeds and twice the steps stay
-# within half of this.
-TOLERANCE = 0.02
+# What Adam leaves, in nats and in units of the prior's variance: the gradient has the noise of one latent draw for each of
+# 3000 data, and the learning rate goes to 0 over 1500 steps. Over four seeds and five (β, σ²) the largest error was 0.003
+# (NumPyro) and 0.005 (Pyro, at 0.8 of the steps) in a KL, 0.007 in an activity. A KL is half the logarithm of an error's ratio,
+# so a squared error may be off by twice as much, relatively; it was by 0.005 and 0.010.
+TOLERANCE = 0.01
 
 
 def whitened(num_data: int = 3000) -> np.ndarray:
@@ -123,6 +121,7 @@ def test_the_data_are_what_the_closed_form_is_about() -> None:
     np.testing.assert_allclose(np.cov(DATA, rowvar=False, bias=True), AXES * EIGENVALUES @ AXES.T, atol=1e-12)
 
 
+@pytest.mark.usefixtures("as_users_run_it")  # thousands of steps
 @pytest.mark.parametrize(("beta", "s2"), CASES)
 def test_training_ends_where_the_closed_form_says(engine: str, beta: float, s2: float) -> None:
     active, steps = CASES[beta, s2]
@@ -135,9 +134,9 @@ def test_training_ends_where_the_closed_form_says(engine: str, beta: float, s2: 
     np.testing.assert_allclose(found.activity, np.maximum(0.0, 1.0 - theta / served), atol=TOLERANCE)
     np.testing.assert_allclose(found.variance, np.minimum(1.0, theta / served), atol=TOLERANCE)
     error = np.minimum(theta, EIGENVALUES)
-    np.testing.assert_allclose(found.error, error, rtol=TOLERANCE)
-    np.testing.assert_allclose(found.strength, np.maximum(0.0, EIGENVALUES - theta) * (np.arange(5) < LATENTS), atol=0.08)
-    assert found.offset < TOLERANCE
+    np.testing.assert_allclose(found.error, error, rtol=2 * TOLERANCE)
+    np.testing.assert_allclose(found.strength, np.maximum(0.0, EIGENVALUES - theta) * (np.arange(5) < LATENTS), atol=0.06)
+    assert found.offset < 2 * TOLERANCE
 
     # A direction is collapsed exactly where λ ≤ θ: by the usual threshold, in the latents and in the data.
     assert int((served > theta).sum()) == active
@@ -152,30 +151,31 @@ def test_training_ends_where_the_closed_form_says(engine: str, beta: float, s2: 
     np.testing.assert_allclose(np.sort(each)[::-1], kl, atol=TOLERANCE)
 
     # What fit and evaluate report is the same bottleneck, within their Monte Carlo error.
-    assert run.history[-1]["rate"] == pytest.approx(kl.sum(), abs=2 * TOLERANCE)
+    assert run.history[-1]["rate"] == pytest.approx(kl.sum(), abs=LATENTS * TOLERANCE)
     distortion = 0.5 * (error.sum() / s2 + 5 * np.log(2 * np.pi * s2))
-    assert run.history[-1]["distortion"] == pytest.approx(distortion, abs=6 * np.sqrt(5 / 3000) + 2 * TOLERANCE)
+    assert run.history[-1]["distortion"] == pytest.approx(distortion, abs=0.1)
     evaluated = run.evaluate(DATA[:500], num_particles=200)
     assert evaluated.total_active_units == active
 
     if beta == 1.0:  # the bound is tight: it is the likelihood's maximum
         best = best_log_likelihood(s2, LATENTS)
-        assert spec.log_prob(weights, DATA).mean() == pytest.approx(best, abs=0.005)
-        assert spec.elbo(weights, DATA).mean() == pytest.approx(best, abs=0.01)
+        assert spec.log_prob(weights, DATA).mean() == pytest.approx(best, abs=0.002)
+        assert spec.elbo(weights, DATA).mean() == pytest.approx(best, abs=0.002)
         assert spec.elbo(weights, DATA).mean() < best
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_learned_variance_and_full_covariance_reach_the_maximum_of_the_likelihood(engine: str) -> None:
     """The full guide is exact on any axes, so no rotation has to be found; σ² is the mean of what three latents leave."""
     spec = LinearVAE(data_dim=5, latent_dim=3, scale=1.0, learn_scale=True, guide="full")
     run = train(engine, spec, 1.0, 800)
     s2 = float(np.exp(2.0 * run.weights["decoder_log_scale"]))
-    assert s2 == pytest.approx((0.3 + 0.1) / 2, rel=TOLERANCE)
+    assert s2 == pytest.approx((0.3 + 0.1) / 2, rel=2 * TOLERANCE)
     found = bottleneck(spec, run.weights)
     np.testing.assert_allclose(found.kl, 0.5 * np.log(EIGENVALUES[:3] / 0.2), atol=TOLERANCE)
     np.testing.assert_allclose(found.activity, 1.0 - 0.2 / EIGENVALUES[:3], atol=TOLERANCE)
     best = best_log_likelihood(0.2, 3)
-    assert spec.elbo(run.weights, DATA).mean() == pytest.approx(best, abs=0.005)
+    assert spec.elbo(run.weights, DATA).mean() == pytest.approx(best, abs=0.002)
     assert spec.elbo(run.weights, DATA).mean() < best
 
 
