@@ -132,6 +132,9 @@ class ScoreFunction(GradientEstimator):
     unbiased. At K = 1 there is no other particle and no baseline. Sites whose guide distribution is reparameterised
     take the pathwise gradient, unless ``pathwise_where_possible`` is False.
 
+    Args:
+        pathwise_where_possible: take the pathwise gradient at reparameterised sites; False scores every site.
+
     References: Williams 1992; Mnih & Rezende 2016 (arXiv 1602.06725), eqs. 7–10; Kool et al. 2019.
     """
 

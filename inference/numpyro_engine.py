@@ -547,7 +547,11 @@ class Program:
 
     def with_params(self, params: Params, mutable: Params | None = None) -> Program:
         """This program with these constrained parameters, by site name."""
-        return replace(self, params=dict(params), mutable=mutable)
+        bound = replace(self, params=dict(params), mutable=mutable)
+        bound.__dict__["_compiled"] = self.__dict__.setdefault(
+            "_compiled", {}
+        )  # parameters are arguments of what is there
+        return bound
 
     def with_weights(self, weights: Mapping[str, np.ndarray], *example: Any) -> Program:
         """This program with the weights of a file written by either engine.

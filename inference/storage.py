@@ -103,8 +103,9 @@ def save_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def load_json(path: Path) -> dict[str, Any]:
     """The object of :func:`save_json`. Raises: CorruptFile for a missing, truncated or altered file."""
+    text = _read(path)
     try:
-        content = json.loads(_read(path))
+        content = json.loads(text)
         claimed = content.pop("sha256")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(path, f"{type(error).__name__}: {error}") from error

@@ -37,7 +37,7 @@ def compile_once() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def as_users_run_it() -> Iterator[None]:
     """Without the shape and type checks that pytest adds: they draw random numbers, and refuse before our own checks do."""
     import jaxtyping

@@ -368,6 +368,9 @@ def test_evaluate(engine: str, folders: dict[str, Path], capsys: pytest.CaptureF
     assert run(f"evaluate '{folder}' {ROUGH}") == 0
     assert f"{expected['nll']:.3f}" in capsys.readouterr().out
 
+    assert run(f"evaluate '{folder}' --num-data 0") == 2
+    assert "--num-data must be a whole number of at least 1; got 0." in capsys.readouterr().err
+
     def refuse(*_: Any, **__: Any) -> None:
         raise Asked
 

@@ -280,7 +280,11 @@ def test_the_bar_knows_the_size_while_the_file_comes_in():
         assert (progress.tasks[0].completed, progress.tasks[0].total) == (30, 100)
 
 
-@pytest.mark.parametrize("sent", [b"<html>please log in</html>", gzip.compress(idx(np.zeros((2, 28, 28)))), b""], ids=["a page", "another file", "nothing"])
+@pytest.mark.parametrize(
+    "sent",
+    [b"<html>please log in</html>", gzip.compress(idx(np.zeros((2, 28, 28)))), b""],
+    ids=["a page", "another file", "nothing"],
+)
 def test_a_bad_download_is_refused_and_not_kept(sent, small_mnist, server):
     served, asked = server
     (small_mnist / FILES[0]).unlink()

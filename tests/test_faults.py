@@ -944,7 +944,9 @@ def test_the_other_engine_s_optimizer_is_refused(engine: str) -> None:
 
 
 @pytest.mark.usefixtures("as_users_run_it")
-@pytest.mark.parametrize("what", [None, "VAE", lambda x: x, VAE, bad_spec(Gaussian())], ids=["None", "str", "function", "class", "spec"])
+@pytest.mark.parametrize(
+    "what", [None, "VAE", lambda x: x, VAE, bad_spec(Gaussian())], ids=["None", "str", "function", "class", "spec"]
+)
 def test_what_is_no_program_is_refused(what: Any) -> None:
     with pytest.raises(InvalidArgument, match="program must be a zoo program, or a Program"):
         fit(what, GREY, progress=False)

@@ -135,7 +135,9 @@ def test_training_ends_where_the_closed_form_says(engine: str, beta: float, s2: 
     np.testing.assert_allclose(found.variance, np.minimum(1.0, theta / served), atol=TOLERANCE)
     error = np.minimum(theta, EIGENVALUES)
     np.testing.assert_allclose(found.error, error, rtol=2 * TOLERANCE)
-    np.testing.assert_allclose(found.strength, np.maximum(0.0, EIGENVALUES - theta) * (np.arange(5) < LATENTS), atol=0.06)
+    np.testing.assert_allclose(
+        found.strength, np.maximum(0.0, EIGENVALUES - theta) * (np.arange(5) < LATENTS), atol=0.06
+    )
     assert found.offset < 2 * TOLERANCE
 
     # A direction is collapsed exactly where λ ≤ θ: by the usual threshold, in the latents and in the data.
