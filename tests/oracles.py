@@ -246,7 +246,7 @@ class Toy:
 def estimates(
     engine: str, toy: Toy, objectives: Sequence[Any], draws: int, seed: int = 0
 ) -> list[dict[str, tuple[float, float]]]:
-    """Mean and standard error of every objective's gradient over ``draws`` independent draws, by parameter.
+    """Mean and standard error of every objective's gradient over ``draws`` independent draws, by parameter; the same draws for all.
 
     Every datum has its own copy of the parameters and the same ``x``, so one backward pass gives ``draws`` independent gradients.
     """
@@ -273,9 +273,9 @@ def estimates(
     from elbozoo.inference.pyro_engine import Loss
 
     out = []
-    for i, objective in enumerate(objectives):
+    for objective in objectives:
         pyro.clear_param_store()
-        pyro.set_rng_seed(seed + i)
+        pyro.set_rng_seed(seed)
         model, guide = toy.program(lib, lambda n: lib.param(n, init[n].clone()), draws)
         Loss(objective, max_plate_nesting=1).loss_and_grads(model, guide, x)
         grads = {n: pyro.param(n).unconstrained().grad for n in toy.params}

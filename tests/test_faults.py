@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-EPOCHS = 40
+EPOCHS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -758,15 +758,15 @@ def test_running_statistics_of_a_bad_step_are_not_kept() -> None:
 
 def test_one_bad_replicate_is_named_by_its_seed(engine: str, tmp_path: Path) -> None:
     """Noise decides at which step each seed breaks. On JAX all train at once, and the first to break is named."""
-    alone = [breaks_at(engine, seed) for seed in range(4)]
-    assert len(set(alone)) > 1, "all seeds break at one step, so this shows nothing"
+    alone = [breaks_at(engine, seed) for seed in range(3)]
     with pytest.raises(NonFinite) as info:
-        fit_fragile(engine, seed=0, replicates=4, directory=tmp_path / "run")
-    first = min(range(4), key=lambda r: alone[r]) if engine == "numpyro" else 0
+        fit_fragile(engine, seed=0, replicates=3, directory=tmp_path / "run")
+    first = min(range(3), key=lambda r: alone[r]) if engine == "numpyro" else 0
     assert info.value.step == alone[first]
     assert info.value.run.config["seed"] == first
     assert_finite(info.value.run)
-    if engine == "numpyro":
+    if engine == "numpyro":  # in Pyro they are runs one after the other
+        assert first > 0, "the first seed breaks first, so this shows nothing"
         assert f"seed {first}" in str(info.value)
 
 

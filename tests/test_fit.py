@@ -25,13 +25,14 @@ from elbozoo.zoo import MLP, VAE, LinearVAE
 
 DIGITS = load_digits().images[:100] / 16.0  # (N, 8, 8), grey
 SPEC = VAE(data_dim=64, latent_dim=3, network=MLP(hidden=(6,)))
+GREY, GREY_SPEC = np.random.default_rng(2).random((90, 4)), VAE(data_dim=4, latent_dim=1, network=MLP(hidden=()))
 LINEAR = LinearVAE(data_dim=3, latent_dim=2, scale=0.5)
 ENGINES = ("numpyro", "pyro")
 
 
 def digits(engine: str, spec: Any = SPEC, **options: Any) -> Any:
     """A short training with everything that is random in it: weights, order, pixels, latents."""
-    defaults = {"objective": AnnealedKL(IWAE(2), warmup=2.0), "epochs": 3, "batch_size": 32, "learning_rate": 0.01}
+    defaults = {"objective": AnnealedKL(ELBO(), warmup=2.0), "epochs": 3, "batch_size": 32, "learning_rate": 0.01}
     defaults |= {"binarize": "stochastic", "progress": False}
     return fit(getattr(spec, engine)(), options.pop("data", DIGITS), **(defaults | options))
 
@@ -41,6 +42,12 @@ def quick(engine: str, name: str = "location", **options: Any) -> Any:
     return fit(
         options.pop("program", None) or program(engine, name), options.pop("data", data()), **(defaults | options)
     )
+
+
+def linear(engine: str, **options: Any) -> Any:
+    """A zoo program that compiles sooner."""
+    defaults = {"epochs": 3, "batch_size": 16, "learning_rate": 0.02, "progress": False}
+    return fit(getattr(LINEAR, engine)(), options.pop("data", data()), **(defaults | options))
 
 
 def same_weights(a: Any, b: Any) -> bool:
@@ -206,8 +213,7 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(engine: str) -> None:
 
 
 def test_held_out_data_do_not_touch_training(engine: str) -> None:
-    without, beside = digits(engine), digits(engine, valid=DIGITS[:40])
-    assert same_weights(without.weights, beside.weights)
+    """Neither the noise that follows, nor the statistics of a batch normalisation."""
     user = program(engine, "batch_norm")
     batch_norm = [quick(engine, program=user, valid=v) for v in (None, data(20, 9))]
     assert same_weights(*(run.weights for run in batch_norm))
@@ -293,9 +299,12 @@ def test_nothing_is_traced_again_after_the_first_epoch() -> None:
 
 @pytest.mark.parametrize("binarize", ["stochastic", "static"])
 def test_replicates_are_single_runs_with_the_next_seeds(engine: str, binarize: str) -> None:
-    together = digits(engine, seed=5, replicates=2, valid=DIGITS[:20], binarize=binarize)
+    options = {"batch_size": 30, "epochs": 3, "valid": GREY[:30], "binarize": binarize, "progress": False}
+    options |= {"objective": AnnealedKL(IWAE(2), warmup=2.0)}
+    user = GREY_SPEC.numpyro() if engine == "numpyro" else GREY_SPEC.pyro()
+    together = fit(user, GREY, seed=5, replicates=2, **options)
     for r, run in enumerate(together):
-        alone = digits(engine, seed=5 + r, valid=DIGITS[:20], binarize=binarize)
+        alone = fit(user, GREY, seed=5 + r, **options)
         assert run.config["seed"] == 5 + r
         tolerance = {"rtol": 0.0, "atol": 0.0 if engine == "pyro" else 1e-8}
         for name, value in alone.weights.items():
@@ -326,7 +335,7 @@ def test_every_parameter_moves_and_stays_finite(engine: str) -> None:
 BASE_KEYS = {"epoch", "step", "bound", "distortion", "rate", "kl_z", "grad_norm", "seconds"}
 KEYS = {
     "plain": ({"objective": ELBO()}, set()),
-    "held out": ({"objective": ELBO(), "valid": DIGITS[:20]}, {"valid_bound"}),
+    "held out": ({"objective": ELBO(), "valid": data(16)}, {"valid_bound"}),
     "annealed": ({"objective": AnnealedKL(ELBO(), warmup=2.0)}, {"shaped_bound", "beta"}),
     "nested": ({"objective": AnnealedKL(FreeBits(ELBO(), 0.1), warmup=2.0)}, {"shaped_bound", "beta", "free_bits"}),
 }
@@ -335,7 +344,7 @@ KEYS = {
 @pytest.mark.parametrize("case", KEYS)
 def test_history_has_one_row_an_epoch_with_these_keys(engine: str, case: str) -> None:
     options, more = KEYS[case]
-    run = digits(engine, **options)
+    run = linear(engine, **options)
     assert len(run.history) == 3
     for row in run.history:
         assert set(row) == BASE_KEYS | more
@@ -343,12 +352,12 @@ def test_history_has_one_row_an_epoch_with_these_keys(engine: str, case: str) ->
         assert row["rate"] == pytest.approx(row["kl_z"], rel=1e-12)
         assert row["grad_norm"] > 0
         assert row["seconds"] > 0
-    if case == "annealed":  # 100 data in batches of 32: 3 steps an epoch, a warm-up of 6; β where the epoch ends
+    if case == "annealed":  # 60 data in batches of 16: 3 steps an epoch, a warm-up of 6; β where the epoch ends
         np.testing.assert_allclose([row["beta"] for row in run.history], [2 / 6, 5 / 6, 1.0], rtol=1e-12)
 
 
 def test_shaped_bound_is_what_is_climbed(engine: str) -> None:
-    run = digits(engine, objective=Beta(ELBO(), 0.25), batch_size=100)
+    run = linear(engine, objective=Beta(ELBO(), 0.25), batch_size=60)
     for row in run.history:
         assert row["shaped_bound"] == pytest.approx(-0.25 * row["rate"] - row["distortion"], rel=1e-12)
         assert row["beta"] == 0.25
@@ -356,7 +365,7 @@ def test_shaped_bound_is_what_is_climbed(engine: str) -> None:
 
 def test_training_climbs(engine: str) -> None:
     """From the initial bound by more than the noise of a held-out bound: here nats, there hundredths."""
-    run = digits(engine, epochs=12, batch_size=20, valid=DIGITS, objective=ELBO())
+    run = digits(engine, epochs=20, valid=DIGITS[:96])
     assert run.history[-1]["valid_bound"] > run.history[0]["valid_bound"] + 3.0
 
 
@@ -430,24 +439,23 @@ def test_weights_have_jax_s_default_float() -> None:
     import jax
 
     with jax.enable_x64(False):
-        run = digits("numpyro")
+        run = quick("numpyro", "modules")
         assert {v.dtype for v in run.weights.values()} == {np.dtype(np.float32)}
-    assert {v.dtype for v in digits("numpyro").weights.values()} == {np.dtype(np.float64)}
+    assert {v.dtype for v in quick("numpyro", "modules").weights.values()} == {np.dtype(np.float64)}
 
 
 # --- going on, saving, loading ------------------------------------------------------------------------------------
 
 
 def test_a_trained_program_goes_on_from_its_weights(engine: str) -> None:
-    first = digits(engine)
+    first = linear(engine, epochs=10)
     before = {n: v.copy() for n, v in first.weights.items()}
-    still = digits(engine, learning_rate=1e-12)  # the same seed, from new initial weights
-    on = fit(first.program, DIGITS, epochs=1, batch_size=32, learning_rate=1e-12, binarize="stochastic", progress=False)
+    still = linear(engine, learning_rate=1e-12)  # the same seed, from new initial weights
+    on = fit(first.program, data(), batch_size=16, epochs=3, learning_rate=1e-12, progress=False)
     assert same_weights(before, first.weights)
     for name, value in on.weights.items():
         np.testing.assert_allclose(value, before[name], atol=1e-10, err_msg=name)
-    name = "decoder.layers.0.weight"
-    assert np.abs(still.weights[name] - before[name]).max() > 1e-3
+    assert np.abs(still.weights["decoder.weight"] - before["decoder.weight"]).max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["functions", "modules", "batch_norm"])
@@ -467,8 +475,7 @@ def test_constrained_parameters_stay_in_their_sets(engine: str, name: str) -> No
     run = quick(engine, name, epochs=30, learning_rate=0.4)
     scale = run.program.predict((feed(engine, data()),), num_particles=1)
     assert np.isfinite(scale["observed"]["x"]).all()
-    if engine == "numpyro" or name == "modules":
-        assert np.isfinite(run.evaluate(data(), num_particles=10).nll)
+    assert np.isfinite(run.evaluate(data(), num_particles=10).nll)
     if engine == "numpyro":
         assert 0.0 < run.program.params["scale"] < 1.5
 
@@ -534,7 +541,7 @@ def test_the_directory_holds_the_run(engine: str, tmp_path: Path) -> None:
 
 
 def test_replicates_lie_side_by_side(engine: str, tmp_path: Path) -> None:
-    runs = digits(engine, replicates=2, directory=tmp_path)
+    runs = linear(engine, replicates=2, directory=tmp_path)
     for r, run in enumerate(runs):
         back = Run.load(tmp_path / f"replicate-{r}")
         assert same_weights(run.weights, back.weights)

@@ -92,7 +92,7 @@ def pyro_vae() -> Any:
 
 
 VAE_OBJECTIVES = [
-    ELBO(), AnnealedKL(ELBO(), 50, unit="steps"), FreeBits(ELBO(), 0.05), IWAE(5), IWAE(5, DReG()), ELBO(2, ScoreFunction(False)),
+    AnnealedKL(IWAE(5, DReG()), 50, unit="steps"), FreeBits(ELBO(), 0.05), IWAE(5), ELBO(2, ScoreFunction(False)),
 ]  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def test_pyro_module_guide_with_constrained_parameters_and_dependent_latents() -
 
 @pytest.mark.pyro
 @JOINT_WEIGHT
-@pytest.mark.parametrize("objective", [ELBO(), ELBO(gradient=STL()), IWAE(3)], ids=["analytic", "STL", "IWAE"])
+@pytest.mark.parametrize("objective", [ELBO(), IWAE(3, DReG())], ids=["analytic", "IWAE-DReG"])
 def test_pyro_autonormal_on_a_constrained_latent(objective: Objective) -> None:
     """AutoNormal on a log-normal scale: against Pyro's own Trace_ELBO at the same guide."""
     import pyro
@@ -357,7 +357,7 @@ def numpyro_vae() -> tuple[Callable, Callable]:
 
 @pytest.mark.numpyro
 @pytest.mark.parametrize(
-    "objective", VAE_OBJECTIVES[1:5:2], ids=lambda o: f"{type(o).__name__}-{type(o.gradient).__name__}"
+    "objective", VAE_OBJECTIVES[:1], ids=lambda o: f"{type(o).__name__}-{type(o.gradient).__name__}"
 )
 def test_numpyro_vae(objective: Objective) -> None:
     import jax
@@ -418,8 +418,11 @@ def numpyro_coin() -> tuple[Callable, Callable]:
 
 @pytest.mark.numpyro
 @JOINT_WEIGHT
-@pytest.mark.parametrize("name", ["vae", "subsampled", "coin"])
-@pytest.mark.parametrize(("alpha", "objective"), [(0.0, IWAE(4)), (0.5, Renyi(0.5, 4))], ids=["IWAE", "Rényi"])
+@pytest.mark.parametrize(
+    ("name", "alpha", "objective"),
+    [("vae", 0.0, IWAE(4)), ("subsampled", 0.0, IWAE(4)), ("subsampled", 0.5, Renyi(0.5, 4)), ("coin", 0.0, IWAE(4))],
+    ids=["vae", "subsampled", "subsampled-Renyi", "coin"],
+)
 def test_numpyro_renyi_at_equal_seeds(name: str, alpha: float, objective: Objective) -> None:
     """NumPyro's own RenyiELBO: the same loss and gradients to 1e-10, subsampled plates and joint weights included."""
     import jax
@@ -519,9 +522,10 @@ def test_numpyro_dependent_latents_land_at_the_posterior() -> None:
 
 @pytest.mark.numpyro
 @JOINT_WEIGHT
-@pytest.mark.parametrize("family", ["AutoNormal", "AutoMultivariateNormal"])
 @pytest.mark.parametrize(
-    "objective", [AnnealedKL(ELBO(), 50, unit="steps"), IWAE(3, DReG())], ids=["annealed", "IWAE-DReG"]
+    ("family", "objective"),
+    [("AutoNormal", AnnealedKL(ELBO(), 50, unit="steps")), ("AutoMultivariateNormal", IWAE(3, DReG()))],
+    ids=["AutoNormal-annealed", "AutoMultivariateNormal-IWAE-DReG"],
 )
 def test_numpyro_autoguides_on_a_constrained_latent(family: str, objective: Objective) -> None:
     import jax
@@ -570,24 +574,22 @@ def test_numpyro_flax_batch_norm_state_survives() -> None:
         with numpyro.plate("batch", len(x)):
             numpyro.sample("z", dist.Normal(loc, 0.5).to_event(1))
 
-    stats_after = []
-    for loss in (Trace_ELBO(), Loss(ELBO()), Loss(AnnealedKL(IWAE(3, DReG()), 5, unit="steps"))):
-        wrapped = loss.guide(guide) if isinstance(loss, Loss) and loss.objective.uses_step else guide
+    means = []
+    for loss in (Trace_ELBO(), Loss(AnnealedKL(IWAE(3, DReG()), 5, unit="steps"))):
+        wrapped = loss.guide(guide) if isinstance(loss, Loss) else guide
         svi = SVI(model, wrapped, optax.adam(0.01), loss=loss)
-        state = svi.init(jax.random.key(0), PIXELS)
-        before = state.mutable_state["encoder$state"]
+        state = jax.jit(svi.init)(jax.random.key(0), PIXELS)
+        before, update = state.mutable_state["encoder$state"], jax.jit(svi.update)
         for _ in range(2):
-            state, value = svi.update(state, PIXELS)
+            state, value = update(state, PIXELS)
             assert np.isfinite(value)
-        stats_after.append(state.mutable_state["encoder$state"]["batch_stats"])
-        mean = stats_after[-1]["BatchNorm_0"]["mean"]
-        start = before["batch_stats"]["BatchNorm_0"]["mean"]
+        after = state.mutable_state["encoder$state"]
+        assert jax.tree.structure(before) == jax.tree.structure(after)
+        start, mean = (tree["batch_stats"]["BatchNorm_0"]["mean"] for tree in (before, after))
         want = 0.9**2 * start + (1 - 0.9**2) * PIXELS.mean(0)
         np.testing.assert_allclose(mean, want, rtol=1e-6, err_msg="two updates, no more")
-        assert jax.tree.structure(before) == jax.tree.structure(state.mutable_state["encoder$state"])
-    for other in stats_after[1:]:
-        for a, b in zip(jax.tree.leaves(stats_after[0]), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-10)
+        means.append(mean)
+    np.testing.assert_allclose(*means, rtol=1e-10)
 
 
 # ==== schedules, in both ========================================================================================

@@ -32,8 +32,8 @@ AXES = np.linalg.qr(np.random.default_rng(1).normal(size=(5, 5)))[0]  # columns:
 MEAN = np.array([1.0, -2.0, 0.0, 3.0, 0.5])
 
 # What Adam leaves, in nats and in units of the prior's variance: the gradient has the noise of one latent draw for each of
-# 3000 data, and the learning rate goes to 0 over 1500 steps. Over four seeds and five (β, σ²) the largest error was 0.003
-# (NumPyro) and 0.005 (Pyro, at 0.8 of the steps) in a KL, 0.007 in an activity. A KL is half the logarithm of an error's ratio,
+# 3000 data, and the learning rate goes to 0 over 1500 steps (1200 in Pyro). Over four seeds and five (β, σ²) the largest error was 0.003
+# (NumPyro) and 0.005 (Pyro) in a KL, 0.007 in an activity. A KL is half the logarithm of an error's ratio,
 # so a squared error may be off by twice as much, relatively; it was by 0.005 and 0.010.
 TOLERANCE = 0.01
 
@@ -126,7 +126,7 @@ def test_the_data_are_what_the_closed_form_is_about() -> None:
 def test_training_ends_where_the_closed_form_says(engine: str, beta: float, s2: float) -> None:
     active, steps = CASES[beta, s2]
     spec = LinearVAE(data_dim=5, latent_dim=LATENTS, scale=float(np.sqrt(s2)))
-    run = train(engine, spec, beta, steps)
+    run = train(engine, spec, beta, steps if engine == "numpyro" else steps * 4 // 5)
     found, theta, served = bottleneck(spec, run.weights), beta * s2, EIGENVALUES[:LATENTS]
 
     kl = np.maximum(0.0, 0.5 * np.log(served / theta))
@@ -143,7 +143,7 @@ def test_training_ends_where_the_closed_form_says(engine: str, beta: float, s2: 
     # A direction is collapsed exactly where λ ≤ θ: by the usual threshold, in the latents and in the data.
     assert int((served > theta).sum()) == active
     assert (found.activity > 0.01).tolist() == [True] * active + [False] * (LATENTS - active)
-    assert (found.strength > 0.05 * EIGENVALUES).tolist() == (EIGENVALUES > theta).tolist()
+    assert (found.strength > 0.05 * EIGENVALUES).tolist() == (theta < EIGENVALUES).tolist()
 
     # The diagonal guide is exact on the principal axes alone: each latent has one direction's information to itself.
     weights = run.weights
@@ -156,7 +156,7 @@ def test_training_ends_where_the_closed_form_says(engine: str, beta: float, s2: 
     assert run.history[-1]["rate"] == pytest.approx(kl.sum(), abs=LATENTS * TOLERANCE)
     distortion = 0.5 * (error.sum() / s2 + 5 * np.log(2 * np.pi * s2))
     assert run.history[-1]["distortion"] == pytest.approx(distortion, abs=0.1)
-    evaluated = run.evaluate(DATA[:500], num_particles=200)
+    evaluated = run.evaluate(DATA[:400], num_particles=100)
     assert evaluated.total_active_units == active
 
     if beta == 1.0:  # the bound is tight: it is the likelihood's maximum
@@ -170,7 +170,7 @@ def test_training_ends_where_the_closed_form_says(engine: str, beta: float, s2: 
 def test_learned_variance_and_full_covariance_reach_the_maximum_of_the_likelihood(engine: str) -> None:
     """The full guide is exact on any axes, so no rotation has to be found; σ² is the mean of what three latents leave."""
     spec = LinearVAE(data_dim=5, latent_dim=3, scale=1.0, learn_scale=True, guide="full")
-    run = train(engine, spec, 1.0, 800)
+    run = train(engine, spec, 1.0, 1200)
     s2 = float(np.exp(2.0 * run.weights["decoder_log_scale"]))
     assert s2 == pytest.approx((0.3 + 0.1) / 2, rel=2 * TOLERANCE)
     found = bottleneck(spec, run.weights)
