@@ -210,12 +210,21 @@ class Trainer:
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take the state of a checkpoint. Raises: CorruptFile when it is of another program or optimizer."""
-        tensors = self.program._tensors()
-        saved = {n.removeprefix("params/"): a for n, a in arrays.items() if n.startswith("params/")}
-        ours = {n: v.detach().cpu().numpy() for n, v in tensors.items()}
-        kinds = [{n: (a.shape, a.dtype) for n, a in arrays.items()} for arrays in (saved, ours)]
-        wrong = [n for n in {*saved, *ours} if kinds[0].get(n) != kinds[1].get(n)]
-        if wrong or not {*self.rng, "step"} <= set(arrays):
+        fixed = {n: a for n, a in self.arrays().items() if not n.startswith("optimizer/")}
+        state: dict[int, dict[str, np.ndarray]] = {}  # made at the first step, so there may be none yet to compare with
+        for name in set(arrays) - set(fixed):
+            part, _, rest = name.partition("/")
+            index, _, key = rest.partition("/")
+            if part == "optimizer" and index.isdecimal():
+                state.setdefault(int(index), {})[key] = arrays[name]
+        wrong = [n for n, a in fixed.items() if n not in arrays or not _alike(a, arrays[n])]
+        wrong += [n for n in arrays if n not in fixed and not n.startswith("optimizer/")]
+        params, keys = list(self.params.values()), frozenset(k for s in state.values() for k in s)
+        for i, saved in state.items():
+            like = params[i].detach().cpu().numpy() if i < len(params) else None
+            same = like is not None and all(a.ndim == 0 or _alike(a, like) for a in saved.values())
+            wrong += [] if same and keys == set(saved) else [f"optimizer/{i}"]
+        if wrong:
             raise must(
                 "checkpoint",
                 "hold the state of this program and optimizer",
@@ -224,17 +233,16 @@ class Trainer:
                 CorruptFile,
             )
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(torch.from_numpy(saved[name].copy()))
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, array in arrays.items():
-            if name.startswith("optimizer/"):
-                _, i, key = name.split("/")
-                state.setdefault(int(i), {})[key] = torch.from_numpy(array.copy())
+            for name, tensor in self.program._tensors().items():
+                tensor.copy_(torch.from_numpy(arrays[f"params/{name}"].copy()))
         packed = copy.deepcopy(self.optimizer.state_dict())
-        packed["state"] = state
+        packed["state"] = {i: {k: torch.from_numpy(a.copy()) for k, a in s.items()} for i, s in state.items()}
         self.optimizer.load_state_dict(packed)
         self.rng, self.step = {n: torch.from_numpy(arrays[n].copy()) for n in self.rng}, int(arrays["step"])
+
+
+def _alike(one: np.ndarray, two: np.ndarray) -> bool:
+    return (one.shape, one.dtype) == (two.shape, two.dtype)
 
 
 def _device(name: str | None) -> torch.device:

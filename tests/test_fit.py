@@ -300,8 +300,8 @@ def test_nothing_is_traced_again_after_the_first_epoch() -> None:
 @pytest.mark.parametrize("binarize", ["stochastic", "static"])
 def test_replicates_are_single_runs_with_the_next_seeds(engine: str, binarize: str) -> None:
     options = {"batch_size": 30, "epochs": 3, "valid": GREY[:30], "binarize": binarize, "progress": False}
-    options |= {"objective": AnnealedKL(IWAE(2), warmup=2.0)}
-    user = GREY_SPEC.numpyro() if engine == "numpyro" else GREY_SPEC.pyro()
+    options |= {"objective": AnnealedKL(ELBO(), warmup=2.0)}
+    user = getattr(GREY_SPEC, engine)()
     together = fit(user, GREY, seed=5, replicates=2, **options)
     for r, run in enumerate(together):
         alone = fit(user, GREY, seed=5 + r, **options)
