@@ -10,6 +10,9 @@ can alternate). Compilation and the first epoch are left out.
     python benchmarks/overhead.py
 """
 
+# pyright: reportMissingImports=false
+# (pythae comes with the extra `bench` alone.)
+
 from __future__ import annotations
 
 import contextlib

@@ -71,10 +71,7 @@ def cos(x: Array) -> Array:
 
 
 def swap_each(x: Array, y: Array) -> Array:
-    """``out[j, i] = y[i] if i == j else x[j]``:
-
-    Column ``i`` is ``x`` with its row ``i`` replaced. ``(K, *P) -> (K, K, *P)``.
-    """
+    """``out[j, i] = y[i] if i == j else x[j]``: column ``i`` is ``x``, its row ``i`` replaced; ``(K, K, *P)``."""
     num, library = x.shape[0], _library(x)
     eye = np.eye(num, dtype=bool).reshape((num, num) + (1,) * (x.ndim - 1))
     if library == "torch":

@@ -4,16 +4,17 @@ Each estimator is a choice of three coefficients per particle: ``c_k`` on the mo
 through the drawn values, ``e_k`` on the guide's parameters inside ``log q`` (the score, whose expectation for
 constant ``e`` is zero):
 
-.. math:: g = \sum_k c_k\, \partial_\theta l_k + d_k\, \partial_{z_k} l_k\, \partial_\phi z_k - e_k\, \partial_\phi
-\log q_\phi(z_k)
+.. math:: g = \sum_k c_k\, \partial_\theta l_k + d_k\, \partial_{z_k} l_k\, \partial_\phi z_k
+    - e_k\, \partial_\phi \log q_\phi(z_k)
 
-========== ================= ============================== =========
-estimator  ``c_k``           ``d_k``                        ``e_k``
-========== ================= ============================== =========
-Pathwise   ``∂F/∂l_k``       ``∂F/∂l_k``                    ``∂F/∂l_k`` STL        ``∂F/∂l_k``       ``∂F/∂l_k``
-0 DReG       ``∂F/∂l_k``       ``∂F/∂l_k - ∂²F/∂l_k²``        0 Score      ``∂F/∂l_k``       0
-``∂F/∂l_k``, plus ``(F - baseline_k) ∂_φ log q``
-========== ================= ============================== =========
+=============  ============  =======================  =======================================
+estimator      ``c_k``       ``d_k``                  ``e_k``
+=============  ============  =======================  =======================================
+Pathwise       ``∂F/∂l_k``   ``∂F/∂l_k``              ``∂F/∂l_k``
+STL            ``∂F/∂l_k``   ``∂F/∂l_k``              0
+DReG           ``∂F/∂l_k``   ``∂F/∂l_k - ∂²F/∂l_k²``  0
+ScoreFunction  ``∂F/∂l_k``   0                        ``∂F/∂l_k - (F - baseline_k)``
+=============  ============  =======================  =======================================
 """
 
 from __future__ import annotations
@@ -105,10 +106,10 @@ class STL(GradientEstimator):
 class DReG(GradientEstimator):
     r"""The doubly reparameterised gradient: the score term is reparameterised once more, unbiased for every K.
 
-    For a bound F: ``E[c_k ∂_φ log q] = E[∂_{z_k} c_k ∂_φ z_k]`` turns the score into a path with coefficient
-        ``∂²F/∂l_k²``. For IWAE the
-    path's coefficient is the squared normalised weight. Under a shape with gain β on the rate it is ``c_k - β
-    ∂²F/∂l_k²``. It needs one gain for all sites and dimensions, so shapes that gate single dimensions are refused.
+    For a bound F, ``E[c_k ∂_φ log q] = E[∂_{z_k} c_k ∂_φ z_k]`` turns the score into a path with coefficient
+    ``∂²F/∂l_k²``. For IWAE the whole path's coefficient is then the squared normalised weight. Under a shape with gain
+    β on the rate it is ``c_k - β ∂²F/∂l_k²``. It needs one gain for all sites and dimensions, so shapes that gate
+    single dimensions are refused.
 
     References: Tucker et al. 2019 (arXiv 1810.04152), eq. 8; for α ≠ 0 their appendix; here for any F.
     """
@@ -168,10 +169,7 @@ class ScoreFunction(GradientEstimator):
 
 
 def leave_one_out(bound: Bound, log_weight: LogWeight) -> Array:
-    """``F`` with ``l_k`` replaced by the mean of the others, for each k:
-
-    ``(K, *P)``; zero at K = 1. Holds K² numbers per datum.
-    """
+    """``F`` with ``l_k`` replaced by the mean of the others, ``(K, *P)``; zero at K = 1. Holds K² numbers a datum."""
     num = log_weight.shape[0]
     if num == 1:
         return 0.0 * log_weight
@@ -180,8 +178,7 @@ def leave_one_out(bound: Bound, log_weight: LogWeight) -> Array:
 
 
 def weighted(terms: Terms, model: LogWeight, path: LogWeight, score: LogWeight | None) -> PerDatum:
-    """The surrogate with constant coefficients ``model`` on the parameters, ``path`` on the drawn values, ``score``
-    on ``log q``.
+    """The surrogate of constant coefficients: ``model`` on parameters, ``path`` on drawn values, ``score`` on log q.
 
     One backward pass serves model and path: gradients into ``z_k`` are rescaled by ``path / model``.
     """

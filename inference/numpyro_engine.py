@@ -1,8 +1,7 @@
 """The NumPyro engine: the one file that reads NumPyro traces.
 
 :class:`Loss` is a ``numpyro.infer.ELBO``; hand it to ``numpyro.infer.SVI`` with any model and guide.
-:class:`Program` wraps a model and a
-guide for the harness.
+:class:`Program` wraps a model and a guide for the harness.
 """
 
 from __future__ import annotations
@@ -121,10 +120,7 @@ def _strip(fn: Any) -> tuple[Any, int]:
 
 
 def _log_prob(site: Any, layout: _Layout) -> tuple[jax.Array, bool]:
-    """Per-dimension log density ``(*P, D)`` and whether it factorises over event dims;
-
-    The shared plates' scale divided out.
-    """
+    """Per-dimension log density ``(*P, D)``, less the shared plates' scale; whether it factorises."""
     fn, factors = _strip(site["fn"])
     if fn.event_dim:
         fn, factors = site["fn"], 0
@@ -135,9 +131,7 @@ def _log_prob(site: Any, layout: _Layout) -> tuple[jax.Array, bool]:
 
 
 def _rescale(x: jax.Array, site: Any, layout: _Layout, event_ndim: int) -> jax.Array:
-    """``x`` (whose last ``event_ndim`` dims are the site's event dims) times the site's scale, the shared plates'
-    scale divided out.
-    """
+    """``x``, whose last ``event_ndim`` dims are the site's event dims, times its scale over the shared plates'."""
     scale = 1.0 if site["scale"] is None else site["scale"]
     if isinstance(scale, float | int):
         return x if scale == layout.scale else x * (scale / layout.scale)
@@ -368,14 +362,20 @@ def _align(ratio: jax.Array, batch_ndim: int, event_ndim: int, dims: tuple[int, 
     return ratio.reshape(shape)
 
 
-def value_and_surrogate(objective: Objective, terms: Terms) -> tuple[jax.Array, jax.Array]:
-    """``(-scale Σ bound, the same value with the surrogate's gradient)``:
+@jax.custom_jvp
+def _with_gradient_of(value: jax.Array, surrogate: jax.Array) -> jax.Array:
+    """``value``, differentiated as ``surrogate``, whose own value may be infinite (a particle of zero weight)."""
+    return value
 
-    What a loss returns and what is differentiated.
-    """
+
+_with_gradient_of.defjvp(lambda primals, tangents: (primals[0], tangents[1]))
+
+
+def value_and_surrogate(objective: Objective, terms: Terms) -> tuple[jax.Array, jax.Array]:
+    """``-scale Σ bound`` as reported, and the same value with the surrogate's gradient."""
     value = -terms.scale * stop_gradient(objective.bound(terms)).sum()
     surrogate = -terms.scale * objective.surrogate(terms).sum()
-    return value, value + surrogate - stop_gradient(surrogate)
+    return value, _with_gradient_of(value, surrogate)
 
 
 # --- drop-in loss -----------------------------------------------------------------------------------------------
@@ -614,8 +614,7 @@ class Program:
             args: the data (its shapes alone matter when ``prior``).
             prior: draw latents from the model instead of the guide.
         Returns: ``{"latent": {site: (K, …)}, "observed": {site: (K, …)}, "mean": {site: (K, …)}}``; "mean" holds the
-            sites whose
-            distribution has one.
+            sites whose distribution has one.
         """
         cache = self.__dict__.setdefault("_compiled", {})
         if (key := ("predict", num_particles, prior)) not in cache:

@@ -1,7 +1,4 @@
-"""Training on JAX: an epoch is one compiled ``lax.scan`` over data that lives on the device;
-
-Replicates are a ``vmap`` of it.
-"""
+"""Training on JAX: an epoch is one compiled ``lax.scan`` over data on the device, replicates its ``vmap``."""
 
 from __future__ import annotations
 
@@ -26,9 +23,7 @@ from elbozoo.inference.recording import first_non_finite, step_metrics
 
 
 class State(NamedTuple):
-    """Everything that training carries from step to step (a leading replicate axis on every leaf, where there are
-    replicates).
-    """
+    """Everything that training carries from step to step; with replicates, every leaf has a leading replicate axis."""
 
     params: Params  # unconstrained
     optimizer: Any

@@ -1,8 +1,7 @@
 """The Pyro engine: the one file that reads Pyro traces.
 
-:class:`Loss` is a ``pyro.infer.ELBO``; hand it to ``pyro.infer.SVI`` with any model and guide. :class:`Program`
-wraps a model and a guide for
-the harness.
+:class:`Loss` is a ``pyro.infer.ELBO``; hand it to ``pyro.infer.SVI`` with any model and guide.
+:class:`Program` wraps a model and a guide for the harness.
 """
 
 from __future__ import annotations
@@ -118,10 +117,7 @@ def _scale_and_mask(x: torch.Tensor, site: Any, layout: _Layout, event_ndim: int
 
 
 def _log_prob(site: Any, layout: _Layout, particle_dim: int | None) -> tuple[torch.Tensor, bool]:
-    """Per-dimension log density ``(K, *P, D)`` and whether it factorises over event dims;
-
-    The shared plates' scale divided out.
-    """
+    """Per-dimension log density ``(K, *P, D)``, less the shared plates' scale, and whether it factorises."""
     fn, factors = _strip(site["fn"])
     if fn.event_dim:
         fn, factors = site["fn"], 0
@@ -137,9 +133,7 @@ def _lead(x: torch.Tensor, event_ndim: int, layout: _Layout, particle_dim: int |
 
 
 def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout, particle_dim: int | None) -> torch.Tensor | None:
-    """``KL(q || p)``, ``(K, *P, D)`` where both factorise alike, ``(K, *P, 1)`` elsewhere, ``None`` without a closed
-    form.
-    """
+    """``KL(q || p)``: ``(K, *P, D)`` where both factorise alike, else ``(K, *P, 1)``; ``None``: no closed form."""
     (q, q_factors), (p, p_factors) = _strip(guide_site["fn"]), _strip(model_site["fn"])
     factors = q_factors if q_factors == p_factors and not q.event_dim and not p.event_dim else 0
     if factors == 0:
@@ -209,9 +203,9 @@ def _check_match(model_trace: Any, guide_trace: Any) -> None:
 
 
 class _Replay(poutine.messenger.Messenger):
-    """Give latent and subsample sites these values;
+    """Give latent and subsample sites these values.
 
-    With ``draw_first`` only once drawn, so that random numbers are used up as before.
+    With ``draw_first`` they are drawn all the same and then replaced, so that random numbers are used up as before.
     """
 
     def __init__(self, values: Mapping[str, torch.Tensor], draw_first: bool = False):
@@ -229,10 +223,7 @@ class _Replay(poutine.messenger.Messenger):
 
 @contextmanager
 def _rng_of(run: _Run) -> Iterator[None]:
-    """The random state that ``run``'s guide started from:
-
-    A guide with dropout must be frozen under the mask that it drew.
-    """
+    """The random state that ``run``'s guide started from: its dropout masks must be drawn again as they were."""
     with torch.random.fork_rng(devices=range(len(run.rng) - 1)):
         for i, state in enumerate(run.rng):
             torch.cuda.set_rng_state(state, i - 1) if i else torch.set_rng_state(state)
@@ -429,9 +420,7 @@ def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step:
 
 
 def guess_max_plate_nesting(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> int:
-    """The program's plate depth (or batch dims, where it has more than plates), from one run whose effects are
-    hidden.
-    """
+    """The program's plate depth (or batch dims, where it has more of those), from one run that leaves no trace."""
     with poutine.block(), torch.random.fork_rng(devices=[]):
         run = _run(model, guide, args, kwargs, {})
     sites = [*_samples(run.model_trace).values(), *_samples(run.guide_trace).values()]
@@ -462,8 +451,7 @@ class Loss(PyroELBO):
         max_plate_nesting: the program's plate depth; found by one extra run when not given.
 
     Raises: Refused at the first step for a pair of objective and site that has no right gradient; InvalidArgument
-        when the program does not
-        broadcast over particles.
+        when the program does not broadcast over particles.
     """
 
     def __init__(self, objective: Objective, vectorize_particles: bool = True, max_plate_nesting: int | None = None):
@@ -512,18 +500,22 @@ class Loss(PyroELBO):
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A tensor with the value of :meth:`loss` and the surrogate's gradient; counts one step."""
-        terms = self.terms(model, guide, *args, **kwargs)
-        value = -terms.scale * self.objective.bound(terms).detach().sum()
-        surrogate = -terms.scale * self.objective.surrogate(terms).sum()
-        self.step += 1
+        value, surrogate = self._value_and_surrogate(model, guide, args, kwargs)
         return value + surrogate - surrogate.detach()
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Backpropagate the surrogate; return minus the bound. ``SVI.step`` calls it."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward()
-        return loss.item()
+        value, surrogate = self._value_and_surrogate(model, guide, args, kwargs)
+        if surrogate.requires_grad:
+            surrogate.backward()
+        return value.item()
+
+    def _value_and_surrogate(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        terms = self.terms(model, guide, *args, **kwargs)
+        value = -terms.scale * self.objective.bound(terms).detach().sum()
+        surrogate = -terms.scale * self.objective.surrogate(terms).sum()
+        self.step += 1
+        return value, surrogate
 
 
 # --- programs ---------------------------------------------------------------------------------------------------
@@ -553,10 +545,7 @@ class Program:
     engine = "pyro"
 
     def fresh(self) -> Program:
-        """What ``fit`` starts from:
-
-        A copy of this program, or new initial weights for a zoo program that has none of its own yet.
-        """
+        """What ``fit`` starts from: a copy, or new initial weights for a zoo program without trained ones."""
         if self.spec is None or self.trained:
             return self.copy()
         return self.spec.pyro(name=self.model._pyro_name)
@@ -583,10 +572,7 @@ class Program:
         return Program(model, guide, self.spec, store, self.trained)
 
     def frozen(self) -> Program:
-        """The same program whose parameters are constants:
-
-        No ``param`` site is visible from outside, no gradient reaches them.
-        """
+        """The same program with constant parameters: no ``param`` site shows outside, no gradient reaches them."""
         twin = self.copy()
         for module in twin._modules():
             module.eval()
@@ -623,10 +609,7 @@ class Program:
 
     @property
     def weights(self) -> dict[str, np.ndarray] | None:
-        """Parameters and buffers as NumPy arrays under their ``state_dict`` names;
-
-        ``None`` where there are none yet.
-        """
+        """Parameters and buffers as NumPy arrays by ``state_dict`` name; ``None`` where there are none yet."""
         tensors = self._tensors()
         return {n: v.detach().cpu().numpy().copy() for n, v in tensors.items()} or None
 
@@ -699,8 +682,7 @@ class Program:
             args: the data (its shapes alone matter when ``prior``).
             prior: draw latents from the model instead of the guide.
         Returns: ``{"latent": {site: (K, …)}, "observed": {site: (K, …)}, "mean": {site: (K, …)}}``; "mean" holds the
-            sites whose
-            distribution has one.
+            sites whose distribution has one.
         """
         draws: list[dict[str, dict[str, Any]]] = []
         with self.parameters(), torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):

@@ -11,9 +11,9 @@ from elbozoo.inference.terms import Terms
 
 
 def step_metrics(objective: Objective, terms: Terms) -> dict[str, Any]:
-    r"""Scalars of one step, nats per datum:
+    r"""Scalars of one step, nats per datum.
 
-    The unshaped bound, distortion ``-E log p(x|z)``, rate in all and by site, the shape's scalars.
+    The unshaped bound, the distortion ``-E log p(x|z)``, the rate in all and by site, the shape's scalars.
     """
     per = 1.0 / terms.data_per_entry
     metrics = {"bound": objective.bound(terms).mean() * per, "distortion": -terms.log_lik.mean() * per}
@@ -24,10 +24,7 @@ def step_metrics(objective: Objective, terms: Terms) -> dict[str, Any]:
 
 
 def first_non_finite(terms: Terms) -> str:
-    """Name of the first site with a non-finite log density, in the order the guide draws and then observed sites;
-
-    Empty if none.
-    """
+    """Name of the first site with a non-finite log density (the guide's order, then observed ones); empty if none."""
     for name, site in terms.sites.items():
         for x in (site.log_guide, site.log_prior, site.rate):
             if not np.isfinite(_array(x)).all():

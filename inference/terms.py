@@ -1,8 +1,7 @@
 r"""What an engine hands to an objective: the per-particle, per-datum log densities of one guide and model run.
 
 Shapes: ``K`` particles first, then the plates that *every* site shares, ``*P`` (usually one data plate, ``B``), then
-    ``D``
-for the dimensions of one latent site. All log densities are in nats, with their normalising constants.
+``D`` for the dimensions of one latent site. All log densities are in nats, with their normalising constants.
 """
 
 from __future__ import annotations

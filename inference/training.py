@@ -58,16 +58,14 @@ class Run:
         return self.program.weights
 
     def prepare(self, data: Any) -> tuple:
-        """``data`` as this run's program takes it:
+        """``data`` as this run's program takes it: checked, flattened, and binarised as in training.
 
-        Checked, flattened, and binarised as in training (redrawn pixels: one draw, the same for every run).
+        Pixels that training redraws are drawn once here, the same for every run.
         """
         return prepare(self.program, data, self.config["binarize"])
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
-        """Importance-sampled NLL and the rest of :func:`elbozoo.inference.evaluation.evaluate` on ``data``,
-        binarised as in training.
-        """
+        """:func:`elbozoo.inference.evaluation.evaluate` on ``data``, binarised as in training."""
         from elbozoo.inference.evaluation import evaluate
 
         return evaluate(self.program, self.prepare(data), **options)
@@ -261,9 +259,9 @@ def _float(program: Any) -> Any:
 
 
 def batches(seed: int, epoch: int, num_data: int, batch_size: int) -> np.ndarray:
-    """Shuffled minibatches of one epoch, ``(steps, batch)``:
+    """Shuffled minibatches of one epoch, ``(steps, batch)``, the same in both engines.
 
-    The same in both engines. What does not fill a batch sits this epoch out.
+    What does not fill a batch sits this epoch out.
     """
     size = min(batch_size, num_data)
     order = np.random.default_rng([seed, epoch]).permutation(num_data)
@@ -296,7 +294,7 @@ def fit(
     r"""Train a program's model and guide together: maximise the objective's surrogate, report its bound.
 
     The program is left as it is: the trained one is ``run.program``. A program that already has trained weights goes
-        on from them.
+    on from them.
 
     Args:
         program: a zoo program, or ``Program(model, guide)`` of either engine around the user's own.

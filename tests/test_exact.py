@@ -46,7 +46,7 @@ def loss_and_gradients(
                 jax.value_and_grad(f)(params) if g else (f(params), {}) for f, g in zip(losses, with_grads, strict=True)
             ]
 
-        return jax.tree.map(np.asarray, jax.jit(compute)(init, jax.random.key(0)))
+        return jax.tree.map(np.asarray, oracles.compiled(compute)(init, jax.random.key(0)))
     import pyro
 
     from elbozoo.inference.pyro_engine import Loss

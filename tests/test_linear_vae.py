@@ -124,6 +124,8 @@ def test_the_data_are_what_the_closed_form_is_about() -> None:
 @pytest.mark.usefixtures("as_users_run_it")  # thousands of steps
 @pytest.mark.parametrize(("beta", "s2"), CASES)
 def test_training_ends_where_the_closed_form_says(engine: str, beta: float, s2: float) -> None:
+    if (engine, beta) == ("pyro", 0.5):
+        pytest.skip("four cases are enough in the slower engine")
     active, steps = CASES[beta, s2]
     spec = LinearVAE(data_dim=5, latent_dim=LATENTS, scale=float(np.sqrt(s2)))
     run = train(engine, spec, beta, steps if engine == "numpyro" else steps * 4 // 5)
@@ -169,10 +171,11 @@ def test_training_ends_where_the_closed_form_says(engine: str, beta: float, s2: 
 
 
 @pytest.mark.usefixtures("as_users_run_it")
-def test_learned_variance_and_full_covariance_reach_the_maximum_of_the_likelihood(engine: str) -> None:
+@pytest.mark.numpyro
+def test_learned_variance_and_full_covariance_reach_the_maximum_of_the_likelihood() -> None:
     """The full guide is exact on any axes, so no rotation has to be found; σ² is the mean of what three latents leave."""
     spec = LinearVAE(data_dim=5, latent_dim=3, scale=1.0, learn_scale=True, guide="full")
-    run = train(engine, spec, 1.0, 1200)
+    run = train("numpyro", spec, 1.0, 1200)
     s2 = float(np.exp(2.0 * run.weights["decoder_log_scale"]))
     assert s2 == pytest.approx((0.3 + 0.1) / 2, rel=2 * TOLERANCE)
     found = bottleneck(spec, run.weights)

@@ -56,7 +56,7 @@ def run(arrays: str, fn: Callable[[Any], Any], x: np.ndarray) -> np.ndarray:
         import jax
         import jax.numpy as jnp
 
-        out = jax.jit(fn)(jnp.asarray(x)) if "compiled" in arrays else fn(jnp.asarray(x))
+        out = oracles.compiled(fn)(jnp.asarray(x)) if "compiled" in arrays else fn(jnp.asarray(x))
         assert isinstance(out, jax.Array)
         return np.asarray(out)
     out = fn(x)
@@ -133,7 +133,7 @@ def test_derivatives_by_jax(bound: Any, oracle: Callable) -> None:
     import jax
     import jax.numpy as jnp
 
-    @jax.jit
+    @oracles.compiled
     def compute(flat: Any) -> Any:
         columns = jax.vmap(
             lambda l: (bound.value(l), jax.grad(bound.value)(l), jnp.diag(jax.hessian(bound.value)(l))), 1, (0, 1, 1)

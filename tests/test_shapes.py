@@ -162,7 +162,7 @@ def measured(engine: str) -> list[dict[str, Any]]:
             (value, (z, bound, scalars)), grad = jax.value_and_grad(loss, has_aux=True)(init)
             return {"z": z, "loss": value, "bound": bound, "scalars": scalars, "grad": grad}
 
-        return jax.tree.map(np.asarray, jax.jit(lambda: [one(o) for o in objectives])())
+        return jax.tree.map(np.asarray, oracles.compiled(lambda: [one(o) for o in objectives])())
 
     import pyro
 
@@ -240,7 +240,7 @@ def measured_gradient(engine: str, objective: Shape) -> dict[str, np.ndarray]:
 
         from elbozoo.inference.numpyro_engine import Loss
 
-        grad = jax.jit(jax.grad(lambda p: Loss(objective).loss(jax.random.key(4), p, model, guide, x)))(init)
+        grad = oracles.compiled(jax.grad(lambda p: Loss(objective).loss(jax.random.key(4), p, model, guide, x)))(init)
         return jax.tree.map(np.asarray, grad)
     import pyro
 
