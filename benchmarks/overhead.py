@@ -31,7 +31,8 @@ import tyro
 
 from elbozoo.benchmarks.records import Record
 from elbozoo.inference import ELBO, IWAE, Adam
-from elbozoo.inference.training import _Loop, batches
+from elbozoo.inference.data import batches
+from elbozoo.inference.training import _Loop
 from elbozoo.zoo import MLP, VAE
 
 D, Z, H, BATCH = 784, 20, 400, 128

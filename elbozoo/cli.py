@@ -33,10 +33,11 @@ from elbozoo._version import __version__
 from elbozoo.benchmarks import datasets
 from elbozoo.guides import Family
 from elbozoo.inference import ELBO, IWAE, Adam, AnnealedKL, ElbozooError, FreeBits, Objective, Run, fit, storage
+from elbozoo.inference.data import Binarize
 from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.evaluation import Evaluation, PerDatum, evaluate
 from elbozoo.inference.parts import one_of, whole_number
-from elbozoo.inference.training import CHECKPOINT, WEIGHTS, Binarize
+from elbozoo.inference.training import CHECKPOINT, WEIGHTS
 from elbozoo.zoo import MLP, VAE, Bernoulli, Likelihood, Network, Spec
 
 out = Console(highlight=False)

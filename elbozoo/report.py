@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from elbozoo._version import __version__
 from elbozoo.inference import Evaluation, Run
-from elbozoo.inference.evaluation import ACTIVE, feed
+from elbozoo.inference.evaluation import ACTIVE
 from elbozoo.inference.storage import write_atomically
 from elbozoo.options import describe
 
@@ -137,7 +137,7 @@ def kl_per_dimension(evaluations: Evaluations) -> Figure:
 def samples(run: Run, rows: int = 6, columns: int = 6, seed: int = 0) -> Figure:
     """Means of the data that draws from the prior decode to."""
     count = rows * columns
-    shape = feed(run.program, (np.zeros((count, run.program.spec.data_dim), np.float32),))
+    shape = (np.zeros((count, run.program.spec.data_dim), run.program.float_dtype),)
     return _tiles(run, _mean(run.program.predict(shape, seed=seed, prior=True))[0], columns)
 
 
@@ -151,7 +151,7 @@ def reconstructions(run: Run, data: Any, columns: int = 8, seed: int = 0) -> Fig
         seed: of the draws.
     """
     x = run.prepare(data[:columns])
-    decoded = _mean(run.program.predict(feed(run.program, x), num_particles=20, seed=seed)).mean(axis=0)
+    decoded = _mean(run.program.predict(x, num_particles=20, seed=seed)).mean(axis=0)
     given = [np.reshape(data[:columns], x[0].shape)] if run.config["binarize"] != "none" else []
     return _tiles(run, np.concatenate([*given, x[0], decoded]), len(x[0]))
 

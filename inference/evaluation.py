@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import NonFinite, must
 from elbozoo.inference.parts import whole_number
 from elbozoo.inference.psis import LARGE_K, largest, pareto_k_from_tail, tail_size
@@ -32,58 +32,7 @@ _SEEDS = 2**31  # what fits the seeds of both engines
 Vector = Float[np.ndarray, " _"]
 
 
-# --- data -------------------------------------------------------------------------------------------------------
-
-
-def as_data(data: Any, spec: Any = None) -> tuple[np.ndarray, ...]:
-    """The arguments of a program as NumPy arrays, refused unless they are numbers that the model can have generated.
-
-    Args:
-        data: an array ``(N, ...)`` or a tuple of them, one an argument of the program.
-        spec: the program's spec, if any; its ``check`` (or its likelihood's) sees the first array.
-
-    Raises: InvalidArgument.
-    """
-    arrays = tuple(_numpy(a) for a in data) if isinstance(data, tuple) else (_numpy(data),)
-    names = [f"data[{i}]" for i in range(len(arrays))] if isinstance(data, tuple) else ["data"]
-    if not arrays:
-        raise must("data", "hold at least one array", "an empty tuple", "Pass an array of shape (N, D)")
-    for name, array in zip(names, arrays, strict=True):
-        if array.dtype.kind not in "fiub":
-            raise must(name, "be an array of numbers", f"dtype {array.dtype}", "Pass a float or integer array")
-        if array.ndim == 0 or len(array) == 0:
-            raise must(name, "hold at least one datum", f"shape {array.shape}", "Pass an array of shape (N, D)")
-        if len(array) != len(arrays[0]):
-            raise must(name, f"have the {len(arrays[0])} rows of {names[0]}", len(array), "Pass arrays of equal length")
-        if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():
-            at = np.unravel_index(int(np.argmin(finite)), array.shape)
-            where = f"{name}[{', '.join(str(int(i)) for i in at)}]"
-            value, count = "NaN" if np.isnan(array[at]) else array[at], int(finite.size - finite.sum())
-            got = f"{value} at {where} ({count} not finite in all)"
-            raise must(name, "be finite everywhere", got, "Impute or drop those entries")
-    check = getattr(spec, "check", None) or getattr(getattr(spec, "likelihood", None), "check", None)
-    if check is not None:
-        check(arrays[0])
-    return arrays
-
-
-def _numpy(x: Any) -> np.ndarray:
-    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
-
-
-def feed(program: Any, batch: tuple[np.ndarray, ...]) -> tuple:
-    """NumPy arrays as the program's engine takes them: for Pyro, tensors of its parameters' dtype, on their device."""
-    if program.spec is not None and batch[0].dtype.kind != "f":
-        batch = (batch[0].astype(np.float32), *batch[1:])
-    if program.engine != "pyro":
-        return batch
-    torch = sys.modules["torch"]  # a Pyro program cannot be without it; elbozoo without one must not import it
-    like = torch.empty(0)
-    for owner in (program.model, program.guide):
-        parameters = getattr(owner, "parameters", tuple)  # a plain function has none
-        like = next((p for p in parameters() if p.is_floating_point()), like)
-    tensors = (torch.as_tensor(a, device=like.device) for a in batch)
-    return tuple(t.to(like.dtype) if t.is_floating_point() else t for t in tensors)
+# --- calls -------------------------------------------------------------------------------------------------------
 
 
 def call_size(
@@ -388,7 +337,7 @@ def _stream(
         for start in range(0, num_data, batch):
             # The last batch repeats its last datum: one shape, one compilation.
             rows = np.minimum(np.arange(start, start + batch), num_data - 1)
-            args, keep = feed(program, tuple(a[rows] for a in arrays)), min(batch, num_data - start)
+            args, keep = tuple(a[rows] for a in arrays), min(batch, num_data - start)
             state = _Batch(num_particles)
             for call, first in enumerate(range(0, num_particles, chunk)):
                 size = min(chunk, num_particles - first)
@@ -454,7 +403,7 @@ def evaluate(
     if batch_size is not None:
         whole_number("batch_size", batch_size)
     began = time.perf_counter()
-    arrays = as_data(data, program.spec)
+    arrays = prepare(program, data)
     sizes = call_size(arrays, num_particles, batch_size, memory_limit)
     totals = _stream(program, arrays, num_particles, seed, sizes, progress)
     if totals is None:  # the first call found a joint weight

@@ -576,6 +576,11 @@ class Program:
         params = from_torch_layout(weights, template, self._prefix)
         return self.with_params(jax.tree.map(jnp.asarray, params), mutable or None)
 
+    @property
+    def float_dtype(self) -> np.dtype:
+        """The type of floats that the program computes in: JAX's default."""
+        return np.dtype(jnp.result_type(float))
+
     def apply(
         self,
         fn: Callable[[Terms], Any],
@@ -606,23 +611,30 @@ class Program:
         return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args))
 
     def predict(
-        self, args: tuple, *, num_particles: int = 1, seed: int = 0, prior: bool = False
+        self,
+        args: tuple,
+        *,
+        num_particles: int = 1,
+        seed: int = 0,
+        prior: bool = False,
+        values: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, dict[str, np.ndarray]]:
         """Draws of the latents and of every observed site given them.
 
         Args:
             args: the data (its shapes alone matter when ``prior``).
             prior: draw latents from the model instead of the guide.
+            values: latents to go on from instead, ``(K, …)`` by site.
         Returns: ``{"latent": {site: (K, …)}, "observed": {site: (K, …)}, "mean": {site: (K, …)}}``; "mean" holds the
             sites whose distribution has one.
         """
         cache = self.__dict__.setdefault("_compiled", {})
-        if (key := ("predict", num_particles, prior)) not in cache:
+        if (key := ("predict", num_particles, prior, values is None)) not in cache:
 
-            def one(key: jax.Array, params: Params, args: tuple) -> Any:
+            def one(key: jax.Array, params: Params, args: tuple, values: Any) -> Any:
                 model_key, guide_key, draw_key = random.split(key, 3)
-                model = substitute(seed_handler(self.model_fn, model_key), data=params)
-                if not prior:
+                model = substitute(seed_handler(self.model_fn, model_key), data={**params, **(values or {})})
+                if not prior and values is None:
                     model = replay(
                         model, trace(substitute(seed_handler(self.guide_fn, guide_key), data=params)).get_trace(*args)
                     )
@@ -637,11 +649,11 @@ class Program:
                 return out
 
             cache[key] = jax.jit(
-                lambda s, params, args: jax.vmap(lambda k: one(k, params, args))(
-                    random.split(random.key(s), num_particles)
+                lambda s, params, args, values: jax.vmap(lambda k, v: one(k, params, args, v))(
+                    random.split(random.key(s), num_particles), values
                 )
             )
-        return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args))
+        return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args, values))
 
     def _all_params(self) -> Params:
         if self.params is None:

@@ -12,8 +12,9 @@ import xarray
 
 from elbozoo._version import __version__
 from elbozoo.inference.arrays import logsumexp, softmax
+from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import NonFinite, must
-from elbozoo.inference.evaluation import as_data, call_seed, call_size, feed, weigh
+from elbozoo.inference.evaluation import call_seed, call_size, weigh
 from elbozoo.inference.parts import whole_number
 from elbozoo.inference.psis import pareto_k
 from elbozoo.inference.terms import Terms
@@ -44,8 +45,7 @@ def to_arviz(
             of ArviZ read by name: ``arviz.summary(idata, group="posterior_resampled")``.
         sample_stats: ``log_weight`` of each draw of ``posterior``, and per datum the weights' ``pareto_k`` and ``ess``.
         log_likelihood: ``log p(x | z)`` of each draw of ``posterior``.
-        posterior_predictive: new data from ``q(z | x) p(x | z)``. Its draws of z are its own, alike in distribution to
-            those in ``posterior`` and not the same ones.
+        posterior_predictive: new data from ``q(z | x) p(x | z)``, each from the draw of ``posterior`` at its place.
         prior, prior_predictive: latents and data from the model.
         observed_data: ``data``.
 
@@ -80,30 +80,33 @@ def to_arviz(
     """
     whole_number("num_draws", num_draws)
     whole_number("seed", seed, least=0)
-    arrays = as_data(data, program.spec)
+    arrays = prepare(program, data)
     _, chunk = call_size(arrays, num_draws, len(arrays[0]))
-    args = feed(program, arrays)
 
-    def predict(stream: int) -> dict[str, Any]:
-        def call(size: int, seed: int) -> dict[str, Any]:
-            out = program.predict(args, num_particles=size, seed=seed, prior=stream == _PRIOR)
-            return {"latent": out["latent"], "observed": out["observed"]}
+    def ancestral(size: int, seed: int) -> dict[str, Any]:
+        out = program.predict(arrays, num_particles=size, seed=seed, prior=True)
+        return {"latent": out["latent"], "observed": out["observed"]}
 
-        return _gather(call, num_draws, chunk, seed, stream)
+    prior = _gather(ancestral, num_draws, chunk, seed, _PRIOR)
+    shapes = {name: z.shape[1:] for name, z in prior["latent"].items()}
 
     def draw(size: int, seed: int) -> dict[str, Any]:
-        return program.apply(_draws, args, num_particles=size, seed=seed)
+        out = program.apply(_draws, arrays, num_particles=size, seed=seed)
+        # Pyro keeps a plate that a site is not in as a dim of size 1; a run of the model alone has its own shape.
+        values = {name: z.reshape(size, *shapes.get(name, z.shape[1:])) for name, z in out["values"].items()}
+        of_model = {name: values[name] for name in shapes}
+        noise = call_seed(seed, _PREDICTIVE, 0)  # not the draws' own: torch would draw x with the noise of z
+        new = program.predict(arrays, num_particles=size, seed=noise, values=of_model)
+        return out | {"values": values, "predictive": new["observed"]}
 
-    drawn, predictive, prior = _gather(draw, num_draws, chunk, seed, _POSTERIOR), predict(_PREDICTIVE), predict(_PRIOR)
+    drawn = _gather(draw, num_draws, chunk, seed, _POSTERIOR)
+    posterior, predictive = drawn["values"], drawn["predictive"]
     log_weight = weigh(drawn["log_lik"], drawn["rate"])
     if (impossible := ~np.isfinite(log_weight.max(axis=0))).any():
         got = f"{int(impossible.sum())} data (the first at {int(np.argmax(impossible))}) of likelihood 0 at every draw"
         raise must(
             "data", "be possible under the model", got, "Drop them, or look at the likelihood's scale", NonFinite
         )
-    # Pyro keeps a plate that a site is not in as a dim of size 1; the other run has the site's own shape.
-    shapes = {name: z.shape for name, z in predictive["latent"].items()}
-    posterior = {name: z.reshape(shapes.get(name, z.shape)) for name, z in drawn["values"].items()}
 
     names = _Names(program.spec, len(arrays[0]), dims or {})
     plates = ("draw", "data")[: log_weight.ndim]
@@ -112,7 +115,7 @@ def to_arviz(
         chosen = resampled(log_weight, np.random.default_rng([seed, _RESAMPLE]))
         groups["posterior_resampled"] = names.latents({name: _take(z, chosen) for name, z in posterior.items()})
     groups |= {
-        "posterior_predictive": names.observations(predictive["observed"]),
+        "posterior_predictive": names.observations(predictive),
         "log_likelihood": {name: (plates, log_lik) for name, log_lik in drawn["observed"].items()},
         "sample_stats": {
             "log_weight": (plates, log_weight),
@@ -121,7 +124,7 @@ def to_arviz(
         },
         "prior": names.latents(prior["latent"]),
         "prior_predictive": names.observations(prior["observed"]),
-        "observed_data": names.data(arrays, predictive["observed"]),
+        "observed_data": names.data(arrays, predictive),
     }
     attrs = {
         "inference_library": "elbozoo",

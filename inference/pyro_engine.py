@@ -287,22 +287,19 @@ def particles(
     num_particles: int = 1,
     analytic_kl: bool = False,
     step: Any = 0,
-    vectorize: bool = True,
-    max_plate_nesting: int | None = None,
+    nesting: int | None = None,
 ) -> Terms:
     r"""Run guide and model for ``num_particles`` particles.
 
-    Vectorised particles sit in a plate left of every plate of the program, which must then broadcast over leading
-    dims; otherwise the program runs once a particle.
+    Args:
+        nesting: the particles sit in a plate left of that many of the program's (see :func:`particle_plate`), which
+            must broadcast over leading dims; where it is None the program runs once a particle.
 
     Returns: the :class:`Terms`, with shapes ``(K, *P)``.
     """
     kwargs = dict(kwargs or {})
     particle_dim = None
-    if num_particles > 1 and vectorize:
-        nesting = (
-            guess_max_plate_nesting(model, guide, args, kwargs) if max_plate_nesting is None else max_plate_nesting
-        )
+    if num_particles > 1 and nesting is not None:
         particle_dim = -1 - nesting
         plate = pyro.plate(_PARTICLES, num_particles, dim=particle_dim)
         model, guide = plate(model), plate(guide)
@@ -419,13 +416,73 @@ def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step:
     )
 
 
-def guess_max_plate_nesting(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> int:
-    """The program's plate depth (or batch dims, where it has more of those), from one run that leaves no trace."""
-    with poutine.block(), torch.random.fork_rng(devices=[]):
-        run = _run(model, guide, args, kwargs, {})
+def particle_plate(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> int | None:
+    """Where a plate of particles fits, left of the program's own: its nesting; None if the program must be looped.
+
+    A program that was not written for it may refuse extra dims on the left or, worse, mix particles with data in
+    silence. So two particles are run in a plate and then one by one at the same values, with no effect outside; unless
+    the densities agree, a warning says that particles will be run one by one. A program with noise of its own (dropout)
+    does not agree with itself, which tells nothing: it is taken to broadcast.
+    """
+    with poutine.block(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        alone = _run(model, guide, args, kwargs, {})
+        nesting = _nesting(alone)
+        try:
+            wrong = _mixes_particles(model, guide, args, kwargs, alone, nesting)
+        except InvalidArgument:  # what the program must be anyway
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            wrong = f"{type(error).__name__}: {error}"
+    if not wrong:
+        return nesting
+    warnings.warn(
+        f"The program does not broadcast over a particle dim on the left ({wrong}), so its particles are run one by "
+        "one, which is slower. Count dims from the right, and put data in a plate.",
+        stacklevel=3,
+    )
+    return None
+
+
+def _nesting(run: _Run) -> int:
+    """The program's plate depth (or batch dims, where it has more of those)."""
     sites = [*_samples(run.model_trace).values(), *_samples(run.guide_trace).values()]
     plates = [-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
     return max([*plates, *(len(s["fn"].batch_shape) for s in sites)], default=0)
+
+
+def _mixes_particles(
+    model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], alone: _Run, nesting: int
+) -> str:
+    """Why two particles in a plate are not what they are one by one; empty where they are."""
+    plate = pyro.plate(_PARTICLES, 2, dim=-1 - nesting)
+    both = _run(plate(model), plate(guide), args, kwargs, alone.subsamples)
+    layout = _layout(both.model_trace, both.guide_trace)
+    together = _densities(both, layout, -1 - nesting)
+
+    def particle(k: int) -> torch.Tensor:
+        values = {n: v[k].reshape(alone.values[n].shape) for n, v in both.values.items()}
+        with _Replay({**alone.subsamples, **values}):
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+        run = replace(alone, guide_trace=guide_trace, model_trace=model_trace)
+        return _densities(run, layout, None)[:, 0]
+
+    for k in range(2):
+        one = particle(k)
+        if not _close(together[:, k], one) and _close(one, particle(k)):
+            return "the densities of particles in a plate differ from those of the same particles one by one"
+    return ""
+
+
+def _densities(run: _Run, layout: _Layout, particle_dim: int | None) -> torch.Tensor:
+    """Every log density of the program, ``(sites, K, *P)``."""
+    arrays = _site_arrays(run.guide_trace, run.model_trace, layout, particle_dim, False)
+    sites = [site[name] for site in arrays["sites"].values() for name in ("log_guide", "log_prior")]
+    return torch.stack(torch.broadcast_tensors(*sites, *arrays["observed"].values()))
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 # --- drop-in loss -----------------------------------------------------------------------------------------------
@@ -446,12 +503,11 @@ class Loss(PyroELBO):
 
     Args:
         objective: bound, gradient and shape.
-        vectorize_particles: put particles into a plate of their own (the program must broadcast over leading dims)
-            or run once a particle.
-        max_plate_nesting: the program's plate depth; found by one extra run when not given.
+        vectorize_particles: put particles into a plate of their own where the program broadcasts over it (tried at the
+            first step; a warning says where it does not); False runs them one by one.
+        max_plate_nesting: the program's plate depth, for a program that is known to broadcast: nothing is then tried.
 
-    Raises: Refused at the first step for a pair of objective and site that has no right gradient; InvalidArgument
-        when the program does not broadcast over particles.
+    Raises: Refused at the first step for a pair of objective and site that has no right gradient.
     """
 
     def __init__(self, objective: Objective, vectorize_particles: bool = True, max_plate_nesting: int | None = None):
@@ -464,28 +520,18 @@ class Loss(PyroELBO):
     def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Terms:
         """Run the program once and check the objective against it."""
         if self.num_particles > 1 and self.vectorize_particles and self.plate_nesting is None:
-            self.plate_nesting = guess_max_plate_nesting(model, guide, args, kwargs)
-        try:
-            terms = particles(
-                model,
-                guide,
-                args,
-                kwargs,
-                num_particles=self.num_particles,
-                analytic_kl=self.objective.uses_analytic_kl,
-                step=self.step,
-                vectorize=self.vectorize_particles,
-                max_plate_nesting=self.plate_nesting,
-            )
-        except (RuntimeError, ValueError) as error:
-            if self.num_particles == 1 or not self.vectorize_particles or isinstance(error, InvalidArgument):
-                raise
-            raise must(
-                "program",
-                "broadcast over a leading particle dim",
-                f"{type(error).__name__}: {error}",
-                "Let it accept extra dims on the left, or pass vectorize_particles=False",
-            ) from error
+            self.plate_nesting = particle_plate(model, guide, args, kwargs)
+            self.vectorize_particles = self.plate_nesting is not None
+        terms = particles(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=self.num_particles,
+            analytic_kl=self.objective.uses_analytic_kl,
+            step=self.step,
+            nesting=self.plate_nesting if self.vectorize_particles else None,
+        )
         self.objective.check(terms)
         return terms
 
@@ -643,7 +689,21 @@ class Program:
     def materialise(self, args: tuple) -> None:
         """Run once, so that every ``pyro.param`` has its initial value."""
         with self.parameters(), torch.no_grad():
-            _run(self.model, self.guide, args, {}, {})
+            _run(self.model, self.guide, self._inputs(args), {}, {})
+
+    @property
+    def float_dtype(self) -> np.dtype:
+        """The type of floats that the program computes in: its parameters', else torch's default."""
+        tensors = (v for v in self._tensors().values() if v.is_floating_point())
+        return torch.empty(0, dtype=next((v.dtype for v in tensors), None)).numpy().dtype
+
+    def _inputs(self, args: tuple) -> tuple:
+        """NumPy arrays as tensors, floats in the parameters' type; all tensors on the parameters' device."""
+        device, dtype = next((v.device for v in self._tensors().values()), None), self.float_dtype
+        arrays = (a.astype(dtype, copy=False) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args)
+        return tuple(
+            torch.as_tensor(a, device=device) if isinstance(a, np.ndarray | torch.Tensor) else a for a in arrays
+        )
 
     def apply(
         self,
@@ -657,39 +717,43 @@ class Program:
         """``fn(terms)`` for fresh particles on the data ``args``, without gradients; a tree (dicts) of NumPy arrays."""
         with self.parameters(), torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             torch.manual_seed(seed)
-            nesting = self._plate_nesting(args) if num_particles > 1 else None
+            args = self._inputs(args)
+            if num_particles > 1 and "_nesting" not in self.__dict__:
+                self.__dict__["_nesting"] = particle_plate(self.model, self.guide, args, {})
             terms = particles(
                 self.model,
                 self.guide,
                 args,
                 num_particles=num_particles,
                 analytic_kl=analytic_kl,
-                max_plate_nesting=nesting,
+                nesting=self.__dict__.get("_nesting"),
             )
             return _to_numpy(fn(terms))
 
-    def _plate_nesting(self, args: tuple) -> int:
-        if "_nesting" not in self.__dict__:
-            self.__dict__["_nesting"] = guess_max_plate_nesting(self.model, self.guide, args, {})
-        return self.__dict__["_nesting"]
-
     def predict(
-        self, args: tuple, *, num_particles: int = 1, seed: int = 0, prior: bool = False
+        self,
+        args: tuple,
+        *,
+        num_particles: int = 1,
+        seed: int = 0,
+        prior: bool = False,
+        values: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, dict[str, np.ndarray]]:
         """Draws of the latents and of every observed site given them.
 
         Args:
             args: the data (its shapes alone matter when ``prior``).
             prior: draw latents from the model instead of the guide.
+            values: latents to go on from instead, ``(K, …)`` by site.
         Returns: ``{"latent": {site: (K, …)}, "observed": {site: (K, …)}, "mean": {site: (K, …)}}``; "mean" holds the
             sites whose distribution has one.
         """
         draws: list[dict[str, dict[str, Any]]] = []
         with self.parameters(), torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             torch.manual_seed(seed)
-            for _ in range(num_particles):
-                values = {} if prior else _run(self.model, self.guide, args, {}, {}).values
-                with _Replay(values):
+            args = self._inputs(args)
+            for k in range(num_particles):
+                with _Replay(self._latents(args, k, prior, values)):
                     trace = poutine.trace(self.model).get_trace(*args)
                 out: dict[str, dict[str, Any]] = {"latent": {}, "observed": {}, "mean": {}}
                 for name, site in _samples(trace).items():
@@ -701,6 +765,12 @@ class Program:
                             out["mean"][name] = site["fn"].mean
                 draws.append(_to_numpy(out))
         return {g: {n: np.stack([d[g][n] for d in draws]) for n in draws[0][g]} for g in draws[0]}
+
+    def _latents(self, args: tuple, k: int, prior: bool, values: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
+        """What the model's latents are given as: nothing from the prior, ``values`` at particle k, else the guide's."""
+        if values is not None:
+            return dict(zip(values, self._inputs(tuple(v[k] for v in values.values())), strict=True))
+        return {} if prior else _run(self.model, self.guide, args, {}, {}).values
 
 
 class _Hidden:

@@ -14,7 +14,7 @@ import torch
 from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
-from elbozoo.inference.pyro_engine import Program, guess_max_plate_nesting, particles
+from elbozoo.inference.pyro_engine import Program, particle_plate, particles
 from elbozoo.inference.recording import first_non_finite, step_metrics
 
 
@@ -52,7 +52,7 @@ class Trainer:
                 self.program.materialise(example)
             if objective.num_particles > 1:
                 with self.program.parameters():
-                    self.nesting = guess_max_plate_nesting(self.program.model, self.program.guide, example, {})
+                    self.nesting = particle_plate(self.program.model, self.program.guide, example, {})
             self.rng = self._rng()
         for module in self.program._modules():
             module.train()
@@ -84,7 +84,7 @@ class Trainer:
             num_particles=self.objective.num_particles,
             analytic_kl=self.objective.uses_analytic_kl,
             step=self.step,
-            max_plate_nesting=self.nesting,
+            nesting=self.nesting,
         )
         self.objective.check(terms)
         return terms

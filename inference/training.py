@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from elbozoo._version import __version__
 from elbozoo.inference import storage
+from elbozoo.inference.data import Binarize, batches, prepare
 from elbozoo.inference.errors import CorruptFile, NonFinite, must
 from elbozoo.inference.objectives import ELBO, Objective, check_particles
 from elbozoo.inference.optimizers import Adam
@@ -28,8 +29,6 @@ from elbozoo.inference.shapes import Shape
 if TYPE_CHECKING:
     from elbozoo.inference.evaluation import Evaluation
 
-Binarize = Literal["none", "stochastic", "static", "threshold"]
-_PIXELS = 0xB1_7A_12_E5  # the seed of static binarisation, unlike any that data may have been made with
 CHECKPOINT, WEIGHTS, CONFIG, HISTORY = "checkpoint.safetensors", "weights.safetensors", "config.json", "history.json"
 
 
@@ -123,9 +122,7 @@ class Run:
 
             program = getattr(Spec.from_config(config["spec"]), config["engine"])()
         if example:
-            from elbozoo.inference.evaluation import feed
-
-            example = feed(program, prepare(program, example, check=False))
+            example = prepare(program, example, check=False)
         program = program.with_weights(arrays, *example)
         if program.engine == "pyro":  # as fit hands it back
             for module in program._modules():
@@ -177,95 +174,6 @@ def environment(engine: str) -> dict[str, str]:
         except PackageNotFoundError:  # pragma: no cover
             continue
     return found
-
-
-# --- data -------------------------------------------------------------------------------------------------------
-
-
-def prepare(program: Any, data: Any, binarize: str = "none", check: bool = True) -> tuple:
-    """Data as a tuple of arrays that the program accepts, checked.
-
-    Images ``(N, H, W)`` are flattened for a spec with as many pixels. ``binarize``: "stochastic" and "static" draw
-    each pixel once from a Bernoulli with the pixel as mean (the same draw in every run, so that runs compare),
-    "threshold" cuts at one half. ``check``: hold the data against the spec's likelihood.
-
-    Raises: InvalidArgument for empty, misshapen, non-finite or out-of-range data, with what to do.
-    """
-    arrays = tuple(_numbers(a) for a in (data if isinstance(data, tuple) else (data,)))
-    if any(a.ndim == 0 or len(a) == 0 for a in arrays) or not arrays:
-        raise must(
-            "data",
-            "hold at least one datum",
-            f"shape {[a.shape for a in arrays]}",
-            "Pass an array whose first axis runs over data",
-        )
-    if len({len(a) for a in arrays}) > 1:
-        raise must(
-            "data", "have arrays of one length", [len(a) for a in arrays], "Their first axes run over the same data"
-        )
-    arrays = tuple(a if a.dtype.kind != "f" else a.astype(_float(program), copy=False) for a in arrays)
-    for a in arrays:
-        if a.dtype.kind == "f" and not np.isfinite(a).all():
-            bad = np.flatnonzero(~np.isfinite(a.reshape(len(a), -1)).all(axis=1))
-            raise must(
-                "data",
-                "be finite",
-                f"{len(bad)} data with NaN or infinite entries, the first at index {bad[0]}",
-                "Drop or mask them first",
-            )
-    spec = program.spec
-    if spec is not None:
-        x = arrays[0]
-        if x.ndim > 2 and int(np.prod(x.shape[1:])) == spec.data_dim:
-            x = x.reshape(len(x), -1)
-        x = x.astype(_float(program), copy=False)
-        arrays = (x, *arrays[1:])
-    if binarize != "none":
-        arrays = (_binarize(arrays[0], binarize), *arrays[1:])
-    if spec is not None and check:
-        spec.check(arrays[0])
-    return arrays
-
-
-def _numbers(x: Any) -> np.ndarray:
-    try:
-        array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
-    except ValueError as error:
-        raise must(
-            "data", "be a rectangular array", f"{type(x).__name__}: {error}", "Give every datum the same shape"
-        ) from error
-    if array.dtype.kind not in "fiub":
-        raise must("data", "be an array of numbers", f"dtype {array.dtype}", "Pass a float or integer array")
-    return array
-
-
-def _binarize(x: np.ndarray, how: str) -> np.ndarray:
-    if x.min() < 0 or x.max() > 1:
-        raise must("data", "lie in [0, 1] to be binarised", f"[{x.min()}, {x.max()}]", "Divide 8-bit pixels by 255")
-    if how == "threshold":
-        return (x > 0.5).astype(x.dtype)
-    return (np.random.default_rng(_PIXELS).random(x.shape) < x).astype(x.dtype)
-
-
-def _float(program: Any) -> Any:
-    """The engine's default float type."""
-    if program.engine == "pyro":
-        import torch
-
-        return np.float64 if torch.get_default_dtype() == torch.float64 else np.float32
-    import jax.numpy as jnp
-
-    return np.dtype(jnp.result_type(float))
-
-
-def batches(seed: int, epoch: int, num_data: int, batch_size: int) -> np.ndarray:
-    """Shuffled minibatches of one epoch, ``(steps, batch)``, the same in both engines.
-
-    What does not fill a batch sits this epoch out.
-    """
-    size = min(batch_size, num_data)
-    order = np.random.default_rng([seed, epoch]).permutation(num_data)
-    return order[: num_data // size * size].reshape(-1, size)
 
 
 # --- fit --------------------------------------------------------------------------------------------------------

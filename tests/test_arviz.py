@@ -107,17 +107,19 @@ def test_resampling_is_a_choice() -> None:
 class Pictures:
     """A fake program without an engine: one latent, and data of zeros and ones."""
 
-    engine = "numpyro"
+    engine, float_dtype = "numpyro", np.dtype(float)
 
     def __init__(self, image_shape: tuple[int, ...] = (), scope: str = ""):
-        self.spec = SimpleNamespace(network=SimpleNamespace(image_shape=image_shape))
+        self.spec = SimpleNamespace(network=SimpleNamespace(image_shape=image_shape), data_dim=6, check=lambda x: None)
         self.z, self.x = f"{scope}z", f"{scope}x"
 
     def apply(self, fn: Any, args: tuple, *, num_particles: int, seed: int) -> Any:
         zeros = np.zeros((num_particles, len(args[0])))
         return fn(Terms(zeros, {self.z: Site(zeros, zeros)}, observed={self.x: zeros}, values={self.z: zeros}))
 
-    def predict(self, args: tuple, *, num_particles: int, seed: int, prior: bool) -> dict[str, Any]:
+    def predict(
+        self, args: tuple, *, num_particles: int, seed: int, prior: bool = False, values: Any = None
+    ) -> dict[str, Any]:
         shape = (num_particles, len(args[0]))
         return {"latent": {self.z: np.zeros(shape)}, "observed": {self.x: np.ones((*shape, 6))}, "mean": {}}
 
@@ -205,6 +207,10 @@ def test_draws_have_the_moments_of_their_distributions(engine: str) -> None:
     w, b = MODEL["decoder.weight"], MODEL["decoder.bias"]
     x = found["posterior_predictive"]["x"].values[0]
     np.testing.assert_allclose(x.mean(axis=0), (MEAN + 0.2) @ w.T + b, atol=1.5 * standard_error)
+    noise = (x - z @ w.T - b).reshape(len(x), -1)  # each draw of x comes from the draw of z at its place
+    assert noise.std() == pytest.approx(0.7, rel=0.02)
+    correlation = np.corrcoef(z.reshape(len(z), -1).T, noise.T)[: z[0].size, z[0].size :]
+    assert np.abs(correlation).max() < 4 / len(z) ** 0.5, "the noise of x is not the noise of z"
     assert np.abs(found["prior"]["z"].values.mean()) < standard_error
     assert found["prior"]["z"].values.std() == pytest.approx(1.0, rel=0.05)
     x = found["prior_predictive"]["x"].values[0].reshape(-1, 6)

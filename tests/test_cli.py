@@ -38,7 +38,6 @@ from elbozoo.inference import (
     ScoreFunction,
     evaluate,
 )
-from elbozoo.inference.evaluation import feed
 from elbozoo.inference.objectives import BOUNDS
 from elbozoo.inference.shapes import SHAPES
 from elbozoo.inference.training import _Loop
@@ -529,7 +528,7 @@ def test_figures(engine: str, folders: dict[str, Path]):
     assert picture.shape == (3 * 9 - 1, 5 * 9 - 1)
     np.testing.assert_allclose(picture[:8, :8], digits[0].reshape(8, 8), rtol=1e-6)
     np.testing.assert_array_equal(picture[9:17, :8], found.prepare(digits[:5])[0][0].reshape(8, 8))
-    seen = feed(found.program, found.prepare(digits[:5]))
+    seen = found.prepare(digits[:5])
     decoded = found.program.predict(seen, num_particles=20)["mean"]["x"].mean(0)
     np.testing.assert_allclose(picture[18:, 9:17], decoded[1].reshape(8, 8))
 

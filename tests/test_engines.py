@@ -5,6 +5,7 @@ Log densities are worked out from the drawn values with SciPy; each program is w
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def read(
     vectorize: bool = True,
 ) -> Any:  # fmt: skip
     """``fn(terms)`` as NumPy arrays, compiled in NumPyro, with the facts that are not arrays beside it."""
-    options: dict[str, Any] = {"num_particles": num_particles, "analytic_kl": analytic_kl, "vectorize": vectorize}
+    options: dict[str, Any] = {"num_particles": num_particles, "analytic_kl": analytic_kl}
     facts = {}
 
     def measure(terms: Terms) -> Any:
@@ -61,6 +62,7 @@ def read(
 
         from elbozoo.inference import numpyro_engine
 
+        options["vectorize"] = vectorize
         out = oracles.compiled(lambda key: measure(numpyro_engine.particles(key, {}, *program, (), **options)[0]))(
             jax.random.key(seed)
         )
@@ -72,6 +74,7 @@ def read(
 
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
+        options["nesting"] = pyro_engine.particle_plate(*program, (), {}) if vectorize and num_particles > 1 else None
         out = _to_numpy(measure(pyro_engine.particles(*program, (), **options)))
     if fn not in (held, held_and_made):
         return out
@@ -101,6 +104,12 @@ def loss_class(engine: str) -> Any:
     else:
         from elbozoo.inference.pyro_engine import Loss
     return Loss
+
+
+def pyro_program(model: Callable, guide: Callable) -> Any:
+    from elbozoo.inference.pyro_engine import Program
+
+    return Program(model, guide)
 
 
 def loss_of(engine: str, objective: Any, model: Callable, guide: Callable, seed: int = 0, **options: Any) -> float:
@@ -625,22 +634,41 @@ def test_a_model_without_latent_sites_is_refused(engine: str) -> None:
 
 
 @pytest.mark.pyro
-def test_program_that_cannot_broadcast_is_refused_with_a_way_out() -> None:
+@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize("how", ["refuses", "mixes"])
+def test_a_program_that_does_not_broadcast_is_looped(how: str, size: int) -> None:
+    """One refuses a particle dim; the other takes particles for its own event dim, in silence where sizes agree."""
+    import torch
+
     lib = library("pyro")
+    data = lib.array(np.linspace(-1, 1, size))
 
-    def model() -> None:
-        with lib.plate("data", 5, dim=-1):
+    def refusing() -> None:
+        with lib.plate("data", size, dim=-1):
             z = lib.sample("z", lib.dist.Normal(lib.array(0.0), 1.0))
-            assert z.shape == (5,) or z.reshape(5) is not None
-            lib.sample("x", lib.dist.Normal(z.reshape(5), 1.0), obs=lib.array(X5))
+            lib.sample("x", lib.dist.Normal(z.reshape(size), 1.0), obs=data)
 
-    _, guide = _data_plate(lib)
-    with pytest.raises(
-        InvalidArgument,
-        match=r"(?s)program must broadcast over a leading particle dim; got .* pass vectorize_particles=False\.",
-    ):
-        loss_of("pyro", IWAE(3), model, guide)
-    loss_of("pyro", IWAE(3), model, guide, vectorize_particles=False)
+    def mixing() -> None:
+        z = lib.sample("z", lib.dist.Normal(lib.array(0.0), 1.0))
+        lib.sample("x", lib.dist.Normal(z * torch.ones(size), 1.0).to_event(1), obs=data)
+
+    def guide() -> None:
+        loc = lib.param("m", lib.array(0.3))
+        with lib.plate("data", size, dim=-1) if how == "refuses" else contextlib.nullcontext():
+            lib.sample("z", lib.dist.Normal(loc, 1.0))
+
+    model = refusing if how == "refuses" else mixing
+    looped = loss_of("pyro", IWAE(size), model, guide, vectorize_particles=False)
+    with pytest.warns(UserWarning, match="does not broadcast over a particle dim"):
+        assert loss_of("pyro", IWAE(size), model, guide) == pytest.approx(looped, rel=1e-12)
+    with pytest.warns(UserWarning, match="does not broadcast over a particle dim"):
+        values, log_lik = (
+            pyro_program(model, guide)
+            .apply(lambda t: {"z": t.values["z"], "l": t.log_lik}, (), num_particles=size)
+            .values()
+        )
+    want = LOGPDF(np.linspace(-1, 1, size), values.reshape(size, -1))
+    np.testing.assert_allclose(log_lik, want if how == "refuses" else want.sum(-1), rtol=1e-12)
 
 
 # --- analytic KL ------------------------------------------------------------------------------------------------

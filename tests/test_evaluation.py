@@ -10,6 +10,7 @@ import json
 import math
 import tracemalloc
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ import pytest
 from scipy import stats
 from scipy.special import logsumexp
 
+from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import InvalidArgument, NonFinite
-from elbozoo.inference.evaluation import Evaluation, as_data, call_size, evaluate
+from elbozoo.inference.evaluation import Evaluation, call_size, evaluate
 from elbozoo.inference.psis import largest, pareto_k, pareto_k_from_tail, tail_size
 from elbozoo.inference.terms import Site, Terms
 from elbozoo.zoo import VAE
@@ -119,6 +121,7 @@ class Tabled:
     joint: bool = False
     spec: Any = None
     engine: str = "numpyro"
+    float_dtype: type = float
     calls: list[tuple[int, int, int, int]] = field(default_factory=list)  # first row, data, particles, seed
     taken: dict[int, int] = field(default_factory=dict)
 
@@ -338,7 +341,7 @@ def test_calls_fit_in_the_caches_and_in_memory(num_particles: int, num_data: int
 class Endless:
     """A fake program that makes fresh weights at every call and keeps none."""
 
-    engine, spec = "numpyro", None
+    engine, spec, float_dtype = "numpyro", None, np.dtype(float)
 
     def apply(self, fn: Any, args: tuple, *, num_particles: int, seed: int) -> Any:
         log_lik = np.random.default_rng(seed).normal(size=(num_particles, len(args[0])))
@@ -419,7 +422,7 @@ def test_bad_arguments_are_refused() -> None:
 )
 def test_bad_data_are_refused(data: Any, text: str) -> None:
     with pytest.raises(InvalidArgument, match=text):
-        as_data(data)
+        prepare(SimpleNamespace(spec=None, float_dtype=np.dtype(float)), data)
 
 
 def test_the_spec_checks_the_data() -> None:

@@ -712,7 +712,7 @@ def replay(engine: str, rate: Any, steps: int) -> dict[str, np.ndarray]:
     """The weights after so many steps, by the same trainer taken one step at a time."""
     from importlib import import_module
 
-    from elbozoo.inference.training import batches, prepare
+    from elbozoo.inference.data import batches, prepare
 
     user = getattr(LinearVAE(3, 2, scale=0.5), engine)()
     trainer = import_module(f"elbozoo.inference.{engine}_trainer").Trainer(
@@ -821,30 +821,35 @@ BAD_DATA: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         Gaussian(),
         np.where(BINARY > 0, np.inf, GREY),
         {},
-        "data must be finite; got 5 data with NaN or infinite",
+        r"data must be finite everywhere; got inf at data\[0, 2\] \(10 not finite in all\)",
     ),
     "NaN": (
         Gaussian(),
         np.where(np.arange(24).reshape(6, 4) == 9, np.nan, GREY),
         {},
-        "data must be finite; got 1 .*at index 2",
+        r"data must be finite everywhere; got NaN at data\[2, 1\] \(1 not finite in all\)",
     ),
-    "NaN, binarised": (Bernoulli(), np.full((6, 4), np.nan), {"binarize": "stochastic"}, "data must be finite"),
-    "NaN held out": (Gaussian(), GREY, {"valid": GREY * np.nan}, "data must be finite"),
+    "NaN, binarised": (
+        Bernoulli(),
+        np.full((6, 4), np.nan),
+        {"binarize": "stochastic"},
+        "data must be finite everywhere",
+    ),
+    "NaN held out": (Gaussian(), GREY, {"valid": GREY * np.nan}, "data must be finite everywhere"),
     "grey held out": (Bernoulli(), BINARY, {"valid": GREY}, "x must be 0 or 1"),
     "too wide": (Gaussian(), np.zeros((6, 5)), {}, r"x must have shape \(N, 4\); got \(6, 5\)"),
     "one datum unrolled": (Gaussian(), np.zeros(4), {}, r"x must have shape \(N, 4\); got \(4,\)"),
     "images of another size": (Gaussian(), np.zeros((6, 2, 3)), {}, r"x must have shape \(N, 4\); got \(6, 2, 3\)"),
     "held out of another width": (Gaussian(), GREY, {"valid": GREY[:, :3]}, r"x must have shape \(N, 4\)"),
-    "empty": (Gaussian(), np.zeros((0, 4)), {}, r"data must hold at least one datum; got shape \[\(0, 4\)\]"),
+    "empty": (Gaussian(), np.zeros((0, 4)), {}, r"data must hold at least one datum; got shape \(0, 4\)"),
     "empty held out": (Gaussian(), GREY, {"valid": np.zeros((0, 4))}, "data must hold at least one datum"),
     "a number": (Gaussian(), 3.0, {}, "data must hold at least one datum"),
-    "no array": (Gaussian(), (), {}, "data must hold at least one datum"),
+    "no array": (Gaussian(), (), {}, "data must hold at least one array"),
     "nothing": (Gaussian(), None, {}, "data must be an array of numbers; got dtype object"),
     "text": (Gaussian(), np.array([["a"] * 4] * 6), {}, "data must be an array of numbers"),
     "complex": (Gaussian(), GREY * 1j, {}, "data must be an array of numbers"),
     "ragged": (Gaussian(), [[1.0, 2.0], [3.0]], {}, "data must be a rectangular array; got list"),
-    "unequal lengths": (Gaussian(), (GREY, GREY[:5]), {}, r"data must have arrays of one length; got \[6, 5\]"),
+    "unequal lengths": (Gaussian(), (GREY, GREY[:5]), {}, r"data\[1\] must have the 6 rows of data\[0\]; got 5"),
 }
 
 

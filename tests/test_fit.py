@@ -19,8 +19,9 @@ from programs import data, program
 from sklearn.datasets import load_digits
 
 from elbozoo.inference import ELBO, IWAE, Adam, AnnealedKL, Beta, FreeBits, Run, fit
+from elbozoo.inference.data import batches, prepare
 from elbozoo.inference.storage import load_arrays, save_json
-from elbozoo.inference.training import batches, prepare, to_config
+from elbozoo.inference.training import to_config
 from elbozoo.zoo import MLP, VAE, LinearVAE
 
 DIGITS = load_digits().images[:100] / 16.0  # (N, 8, 8), grey

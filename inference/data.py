@@ -1,0 +1,88 @@
+"""Data as programs take them: checked, flattened, binarised, in minibatches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+
+from elbozoo.inference.errors import must
+
+Binarize = Literal["none", "stochastic", "static", "threshold"]
+_PIXELS = 0xB1_7A_12_E5  # the seed of static binarisation, unlike any that data may have been made with
+
+
+def prepare(program: Any, data: Any, binarize: Binarize = "none", check: bool = True) -> tuple[np.ndarray, ...]:
+    """Data as NumPy arrays that the program accepts, one an argument.
+
+    Args:
+        program: a program of either engine. Floats become its float type; for a program of the zoo so do integers, and
+            images ``(N, H, W)`` with as many pixels as the spec has are flattened.
+        data: an array ``(N, ...)`` or a tuple of them, whose first axes run over the same data.
+        binarize: "stochastic" and "static" draw each pixel once from a Bernoulli with the pixel as mean (the same draw
+            in every run, so that runs compare), "threshold" cuts at one half.
+        check: hold the data against the spec.
+
+    Raises: InvalidArgument for empty, misshapen, non-finite or out-of-range data, with what to do.
+    """
+    arrays = _arrays(data)
+    kinds = "fiub" if program.spec is not None else "f"
+    x, *rest = (a.astype(program.float_dtype, copy=False) if a.dtype.kind in kinds else a for a in arrays)
+    if program.spec is not None and x.ndim > 2 and math.prod(x.shape[1:]) == program.spec.data_dim:
+        x = x.reshape(len(x), -1)
+    if binarize != "none":
+        x = _binarize(x, binarize)
+    if program.spec is not None and check:
+        program.spec.check(x)
+    return (x, *rest)
+
+
+def _arrays(data: Any) -> tuple[np.ndarray, ...]:
+    """The arrays of ``data``, refused unless they are finite numbers, as many rows in each."""
+    given = data if isinstance(data, tuple) else (data,)
+    names = [f"data[{i}]" for i in range(len(given))] if isinstance(data, tuple) else ["data"]
+    if not given:
+        raise must("data", "hold at least one array", "an empty tuple", "Pass an array of shape (N, D)")
+    arrays = tuple(_array(name, a) for name, a in zip(names, given, strict=True))
+    for name, array in zip(names, arrays, strict=True):
+        if len(array) != len(arrays[0]):
+            raise must(name, f"have the {len(arrays[0])} rows of {names[0]}", len(array), "Pass arrays of equal length")
+    return arrays
+
+
+def _array(name: str, x: Any) -> np.ndarray:
+    try:
+        array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+    except ValueError as error:
+        got = f"{type(x).__name__}: {error}"
+        raise must(name, "be a rectangular array", got, "Give every datum the same shape") from error
+    if array.dtype.kind not in "fiub":
+        raise must(name, "be an array of numbers", f"dtype {array.dtype}", "Pass a float or integer array")
+    if array.ndim == 0 or len(array) == 0:
+        raise must(name, "hold at least one datum", f"shape {array.shape}", "Pass an array of shape (N, D)")
+    if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():
+        at = np.unravel_index(int(np.argmin(finite)), array.shape)
+        where = f"{name}[{', '.join(str(int(i)) for i in at)}]"
+        value, count = "NaN" if np.isnan(array[at]) else array[at], int(finite.size - finite.sum())
+        got = f"{value} at {where} ({count} not finite in all)"
+        raise must(name, "be finite everywhere", got, "Impute or drop those entries")
+    return array
+
+
+def _binarize(x: np.ndarray, how: str) -> np.ndarray:
+    if x.min() < 0 or x.max() > 1:
+        raise must("data", "lie in [0, 1] to be binarised", f"[{x.min()}, {x.max()}]", "Divide 8-bit pixels by 255")
+    if how == "threshold":
+        return (x > 0.5).astype(x.dtype)
+    return (np.random.default_rng(_PIXELS).random(x.shape) < x).astype(x.dtype)
+
+
+def batches(seed: int, epoch: int, num_data: int, batch_size: int) -> np.ndarray:
+    """Shuffled minibatches of one epoch, ``(steps, batch)``, the same in both engines.
+
+    What does not fill a batch sits this epoch out.
+    """
+    size = min(batch_size, num_data)
+    order = np.random.default_rng([seed, epoch]).permutation(num_data)
+    return order[: num_data // size * size].reshape(-1, size)
