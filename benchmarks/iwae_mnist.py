@@ -2,10 +2,8 @@
 
 Protocol of the paper (arXiv 1509.00519, section 5): 50 latents, two tanh layers of 200 each way, Bernoulli pixels
 redrawn at every step with the grey value as mean, Adam(0.9, 0.999, eps 1e-4), batch 20, ``3^i`` passes over the data
-at learning rate ``0.001 · 10^(-i/7)`` for i
-= 0 … 7 (3280 epochs). The default here stops after
-i = 2, 13 of the 3280 epochs: at that budget the *ordering* is the claim, not the last decimal. ``--stages 8`` is the
-full protocol.
+at learning rate ``0.001 · 10^(-i/7)`` for i = 0 … 7 (3280 epochs). The default here stops after i = 2, which is 13 of
+the 3280 epochs: at that budget the *ordering* is the claim, not the last decimal. ``--stages 8`` is the full protocol.
 
 Reported: NLL with K = 5000 importance samples on the test images (one binary draw of each), in nats, and active units.
 
@@ -131,7 +129,7 @@ def main(config: Config) -> None:
             results=config.results.with_name("smoke_iwae_mnist.json"),
             checkpoints=config.checkpoints / "smoke",
         )
-    record = Record(config.results, (__doc__ or "").split("\n")[0], config, (config.engine,))
+    record = Record(config.results, __doc__ or "", config, (config.engine,), grid=("cells", "seeds"))
     figures: dict[str, list[dict[str, Any]]] = {}
     for seed, cell in itertools.product(config.seeds, config.cells):
         key = f"{config.data}-{config.engine}-{config.stages}-{config.num_particles}-{config.num_test}-{cell}-{seed}"

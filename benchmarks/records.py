@@ -1,7 +1,4 @@
-"""Result files of the benchmarks:
-
-JSON that says under which settings, seeds, versions and machine each figure was measured.
-"""
+"""Result files of the benchmarks: JSON with the settings, seeds, versions and machine of each figure."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from elbozoo.inference.errors import must
 from elbozoo.inference.storage import write_atomically
 from elbozoo.inference.training import environment
 
@@ -33,21 +31,35 @@ class Record:
     """A result file that grows cell by cell, so that a stopped benchmark goes on where it was.
 
     Args:
-        path: the JSON file. An existing one is continued; cells measured under another configuration are kept apart
-            by their key.
-        question: what the benchmark asks.
+        path: the JSON file. An existing one is continued, if it is of the same settings, versions and machine.
+        question: what the benchmark asks: the first paragraph of its docstring.
         config: its arguments (a frozen dataclass).
+        engines: whose versions count.
+        grid: fields of ``config`` that say which cells there are; they may differ when a file is continued.
+
+    Raises: InvalidArgument for a file of other settings.
     """
 
-    def __init__(self, path: Path, question: str, config: Any, engines: tuple[str, ...]):
+    def __init__(self, path: Path, question: str, config: Any, engines: tuple[str, ...], grid: tuple[str, ...] = ()):
         self.path = Path(path)
-        versions = {k: v for engine in engines for k, v in environment(engine).items()}
-        self.content: dict[str, Any] = {"question": question, "cells": {}}
-        if self.path.exists():
-            self.content = json.loads(self.path.read_text())
         # a folder is not a setting
         settings = {k: v for k, v in dataclasses.asdict(config).items() if not isinstance(v, Path | None)}
-        self.content |= {"config": settings, "versions": versions, "machine": machine()}
+        versions = {k: v for engine in engines for k, v in environment(engine).items()}
+        about = json.loads(json.dumps({"config": settings, "versions": versions, "machine": machine()}))
+        cells: dict[str, Any] = {}
+        if self.path.exists():
+            found = json.loads(self.path.read_text())
+            cells = found["cells"]
+            other = [
+                f"{part}.{name}"
+                for part, values in about.items()
+                for name in values
+                if name not in grid and found[part].get(name) != values[name]
+            ]
+            if other and cells:
+                todo = "Pass another --results file, or delete this one to measure anew"
+                raise must(str(self.path), "be of the same settings, versions and machine", f"other {other}", todo)
+        self.content = {"question": " ".join(question.split("\n\n")[0].split()), **about, "cells": cells}
 
     def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figures of one cell: measured now, unless the file has them already."""

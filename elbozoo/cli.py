@@ -143,6 +143,9 @@ class Train:
         groups = [getattr(self, name) for name in ("model", "objective", "optimizer")]
         given = {f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)}
         data = Data.read(self.data, self.data_dir, "validation" if self.valid == "validation" else "test")
+        if self.valid == "validation" and data.name.endswith(".npy"):
+            todo = "Put the held-out rows in a file of their own and pass --valid FILE.npy"
+            raise must("--valid", "be a file for data of your own", "validation", todo)
         spec, objective, optimizer = options.assemble(self.spec_class, given, data.facts)
         names = [options.command_name(type(spec)), Path(self.data).stem, given["objective"], *given["shape"]]
         folder = self.out or Path("runs") / "-".join(names)
@@ -319,7 +322,7 @@ def load(folders: Sequence[Path]) -> dict[Path, Run]:
     """The runs of some folders."""
     if not folders:
         raise must("RUN", "be given", "none", "Name one run folder or more")
-    return {folder: Run.load(folder) for folder in folders}
+    return {folder: Run.load(folder) for folder in dict.fromkeys(folders)}
 
 
 def pack(evaluation: Evaluation) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -398,7 +401,9 @@ class Report(Measuring):
         """Write what there is to write about runs that have been measured."""
         from elbozoo.report import write_report
 
-        for folder, run, images in zip(self.runs, measured.runs.values(), measured.images.values(), strict=True):
+        for folder, run, images in zip(
+            dict.fromkeys(self.runs), measured.runs.values(), measured.images.values(), strict=True
+        ):
             if self.draws:
                 save_netcdf(run, images[:DRAWN], self.draws, folder / "posterior.nc")
         path = self.out or self.runs[0] / "report.html"

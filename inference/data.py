@@ -81,8 +81,11 @@ def _binarize(x: np.ndarray, how: str) -> np.ndarray:
 def batches(seed: int, epoch: int, num_data: int, batch_size: int) -> np.ndarray:
     """Shuffled minibatches of one epoch, ``(steps, batch)``, the same in both engines.
 
-    What does not fill a batch sits this epoch out.
+    What does not fill a batch sits this epoch out. All data at once keep their order, for guides with a parameter a
+    datum.
     """
     size = min(batch_size, num_data)
+    if size == num_data:
+        return np.arange(num_data)[None]
     order = np.random.default_rng([seed, epoch]).permutation(num_data)
     return order[: num_data // size * size].reshape(-1, size)

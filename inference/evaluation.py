@@ -195,7 +195,7 @@ def _chunk(terms: Terms) -> dict[str, Any]:
     out: dict[str, Any] = {"log_lik": terms.log_lik, "data_per_entry": terms.data_per_entry}
     out |= {"rate": {}, "dimension": {}, "mean": {}, "square": {}}
     for name, site in terms.sites.items():
-        out["rate"][name] = site.log_guide - site.log_prior
+        out["rate"][name] = site.sampled_rate
         if site.rate_terms is not None:
             out["dimension"][name] = site.rate_terms.sum(axis=0)
         if terms.log_lik.ndim == 2 and not terms.joint:
@@ -204,6 +204,14 @@ def _chunk(terms: Terms) -> dict[str, Any]:
             mean = z.mean(axis=0)
             out["mean"][name], out["square"][name] = mean, ((z - mean) ** 2).sum(axis=0)
     return out
+
+
+def check_plate(log_lik: np.ndarray, num_data: int) -> None:
+    """Refuse weights ``(K, B)`` that are not one a datum: the program draws a subsample of its data by itself."""
+    if log_lik.ndim == 2 and log_lik.shape[1] != num_data:
+        todo = "Let its plate run over all rows: plate('data', N, subsample_size=len(x))"
+        got = f"{log_lik.shape[1]}, from a plate that subsamples them"
+        raise must("program", f"give one weight for each of the {num_data} data it is called on", got, todo)
 
 
 def weigh(log_lik: np.ndarray, rates: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -343,6 +351,7 @@ def _stream(
                 size = min(chunk, num_particles - first)
                 out = program.apply(_chunk, args, num_particles=size, seed=call_seed(seed, start, call))
                 joint = out["log_lik"].ndim == 1
+                check_plate(out["log_lik"], batch)
                 if joint and batch < num_data:
                     return None
                 state.add(out)
@@ -391,8 +400,9 @@ def evaluate(
         progress: show a progress bar.
 
     Returns: an :class:`Evaluation`; nats per datum.
-    Raises: InvalidArgument for data that are empty, not finite or outside the likelihood's support, and for K < 1;
-        NonFinite when a log weight is nan.
+    Raises: InvalidArgument for data that are empty, not finite or outside the likelihood's support, for K < 1, and for
+        a program with more than one plate that all sites share, or that subsamples its data by itself; NonFinite when a
+        log weight is nan or +inf.
 
     References: Burda, Grosse & Salakhutdinov 2016 (arXiv 1509.00519), eq. 8 and section 5 (NLL, active units); Alemi
         et al. 2018 (arXiv 1711.00464), rate and distortion.

@@ -50,9 +50,6 @@ class GradientEstimator(ABC):
     def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
         """A function of ``terms`` whose gradient is the estimate."""
 
-    def check_bound(self, bound: Bound) -> None:
-        """Refuse a bound that this estimator cannot serve, when the pair is built."""
-
     def check_terms(self, terms: Terms) -> None:
         """Refuse sites that this estimator cannot serve, at the first step.
 
@@ -156,7 +153,7 @@ class ScoreFunction(GradientEstimator):
     def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
         log_weight = stop_gradient(terms.log_weight)
         if self.pathwise_where_possible:
-            scored = [s.log_guide for s in terms.sites.values() if not s.reparameterised]
+            scored: list[Array] = [s.log_guide for s in terms.sites.values() if not s.reparameterised]
             rest = Pathwise().surrogate(bound, terms)
         else:
             scored = list(terms.log_guide_at_stopped_values().values())
@@ -173,7 +170,8 @@ def leave_one_out(bound: Bound, log_weight: LogWeight) -> Array:
     num = log_weight.shape[0]
     if num == 1:
         return 0.0 * log_weight
-    mean_of_others = (log_weight.sum(axis=0) - log_weight) / (num - 1)
+    # Not the sum less each: a particle of zero weight has l = -inf, and inf - inf is nan.
+    mean_of_others = swap_each(log_weight, log_weight.clip(0.0, 0.0)).sum(axis=0) / (num - 1)
     return bound.value(swap_each(log_weight, mean_of_others))
 
 

@@ -83,21 +83,24 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
     )
     scale = 1.0
     for frame in shared:
-        size = model_trace[frame.name]["args"][0] if frame.name in model_trace else frame.size
-        scale *= size / frame.size
+        scale *= _full_size(frame, model_trace) / frame.size
     unshared = not shared and any(s["cond_indep_stack"] or s["fn"].batch_shape for s in everything)
     latent, observed = (
         frozenset().union(*(s["cond_indep_stack"] for s in everything if s["is_observed"] is seen))
         for seen in (False, True)
     )
     joint = unshared or bool(latent & observed - shared)
+    data_per_entry = 1.0 if shared else _data_size(model_trace)
     sites = {
         n: (bool(s["is_observed"] or s["fn"].has_rsample), type(_strip(s["fn"])[0]).__name__)
         for n, s in _samples(guide_trace).items()
     }
-    return _Layout(
-        tuple(sorted(f.dim for f in shared)), scale, joint, 1.0 if shared else _data_size(model_trace), sites
-    )
+    return _Layout(tuple(sorted(f.dim for f in shared)), scale, joint, data_per_entry, sites)
+
+
+def _full_size(frame: Any, model_trace: Any) -> int:
+    """A plate's size before subsampling."""
+    return model_trace[frame.name]["args"][0] if frame.name in model_trace else frame.size
 
 
 def _data_size(model_trace: Any) -> float:
@@ -105,8 +108,7 @@ def _data_size(model_trace: Any) -> float:
     sizes = [1.0]
     for site in _samples(model_trace).values():
         if site["is_observed"]:
-            frames = site["cond_indep_stack"]
-            full = [model_trace[f.name]["args"][0] if f.name in model_trace else f.size for f in frames]
+            full = [_full_size(f, model_trace) for f in site["cond_indep_stack"]]
             sizes.append(float(np.prod(full or site["fn"].batch_shape or (1,))))
     return max(sizes)
 
@@ -138,8 +140,8 @@ def _rescale(x: jax.Array, site: Any, layout: _Layout, event_ndim: int) -> jax.A
     return x * (jnp.reshape(scale, jnp.shape(scale) + (1,) * event_ndim) / layout.scale)
 
 
-def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout) -> jax.Array | None:
-    """``KL(q || p)``, ``(*P, D)`` where both factorise alike, ``(*P, 1)`` elsewhere, ``None`` without a closed form."""
+def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout) -> dict[str, jax.Array]:
+    """``KL(q || p)`` ``(*P)``, and its terms ``(*P, D)`` where both factorise alike; empty: no closed form."""
     (q, q_factors), (p, p_factors) = _strip(guide_site["fn"]), _strip(model_site["fn"])
     factors = q_factors if q_factors == p_factors and not q.event_dim and not p.event_dim else 0
     if factors == 0:
@@ -148,15 +150,16 @@ def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout) -> jax.Array
     if scale is not guide_scale and not (
         isinstance(scale, float | int) and isinstance(guide_scale, float | int) and scale == guide_scale
     ):
-        return None
+        return {}
     try:
         kl = kl_divergence(q, p)
     except NotImplementedError:
-        return None
+        return {}
     # the KL of a site masked by False is a plain 0.0
     kl = jnp.broadcast_to(kl, jnp.broadcast_shapes(q.batch_shape, p.batch_shape))
     kl = plates_first(_rescale(kl, model_site, layout, factors), kl.ndim - factors, layout.dims)
-    return kl if factors or guide_site["fn"].event_dim == 0 else kl.sum(axis=-1, keepdims=True)
+    factorises = factors or guide_site["fn"].event_dim == 0
+    return {"kl": kl.sum(axis=-1)} | ({"kl_terms": kl} if factorises else {})
 
 
 def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
@@ -178,21 +181,27 @@ def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
 def _site_arrays(guide_trace: Any, model_trace: Any, layout: _Layout, analytic_kl: bool) -> dict[str, Any]:
     """One particle's arrays: observed log densities and per-site terms."""
     observed = {n: _log_prob(s, layout)[0].sum(axis=-1) for n, s in _samples(model_trace).items() if s["is_observed"]}
-    sites: dict[str, Any] = {}
-    for name, site in _samples(guide_trace).items():
-        guide_terms, guide_factors = _log_prob(site, layout)
-        arrays: dict[str, Any] = {"log_guide": guide_terms.sum(axis=-1)}
-        if name in model_trace:
-            prior_terms, prior_factors = _log_prob(model_trace[name], layout)
-            arrays["log_prior"] = prior_terms.sum(axis=-1)
-            if guide_factors and prior_factors and guide_terms.shape == prior_terms.shape:
-                arrays |= {"log_prior_terms": prior_terms, "log_guide_terms": guide_terms}
-            if analytic_kl and _kl_valid(name, model_trace, guide_trace):
-                arrays["kl"] = _analytic_kl(site, model_trace[name], layout)
-        else:  # an auxiliary variable of the guide
-            arrays["log_prior"] = jnp.zeros_like(arrays["log_guide"])
-        sites[name] = {k: v for k, v in arrays.items() if v is not None}
+    sites = {name: _site(name, guide_trace, model_trace, layout, analytic_kl) for name in _samples(guide_trace)}
     return {"observed": observed, "sites": sites}
+
+
+def _site(name: str, guide_trace: Any, model_trace: Any, layout: _Layout, analytic_kl: bool) -> dict[str, Any]:
+    """The arrays of one :class:`Site`, by attribute."""
+    site, prior = guide_trace[name], model_trace.get(name)
+    kl: dict[str, Any] = {}
+    if prior is not None and analytic_kl and _kl_valid(name, model_trace, guide_trace):
+        kl = _analytic_kl(site, prior, layout)
+        if kl and site["fn"].has_rsample:
+            return kl
+    guide_terms, guide_factors = _log_prob(site, layout)
+    log_guide = guide_terms.sum(axis=-1)
+    if prior is None:  # an auxiliary variable of the guide
+        return {"log_guide": log_guide, "log_prior": jnp.zeros_like(log_guide)}
+    prior_terms, prior_factors = _log_prob(prior, layout)
+    arrays = {"log_guide": log_guide, "log_prior": prior_terms.sum(axis=-1)}
+    if guide_factors and prior_factors and guide_terms.shape == prior_terms.shape:
+        arrays |= {"log_prior_terms": prior_terms, "log_guide_terms": guide_terms}
+    return arrays | kl
 
 
 def _check_match(model_trace: Any, guide_trace: Any) -> None:
@@ -327,7 +336,7 @@ def _terms(out: dict[str, Any], layout: _Layout, step: Any, values: Mapping[str,
         for n, a in out["sites"].items()
     }
     observed = out["observed"]
-    like = next(iter([*(s.log_prior for s in sites.values()), *observed.values()]), None)
+    like = next(iter([*(s.rate for s in sites.values()), *observed.values()]), None)
     if like is None:
         raise must(
             "program", "have a sample site", "none", "Add numpyro.sample statements to model and guide", InvalidArgument

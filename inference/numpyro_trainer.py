@@ -19,7 +19,7 @@ from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.numpyro_engine import Params, Program, particles
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
-from elbozoo.inference.recording import first_non_finite, step_metrics
+from elbozoo.inference.recording import check_amortised, check_counts, first_non_finite, step_metrics
 
 
 class State(NamedTuple):
@@ -36,6 +36,7 @@ class Trainer:
     """Runs epochs of one objective on one program.
 
     Args:
+        batch_size: data a minibatch.
         seeds: one seed a replicate. With one seed nothing is vmapped.
     """
 
@@ -46,6 +47,7 @@ class Trainer:
         optimizer: Any,
         data: tuple,
         *,
+        batch_size: int,
         seeds: list[int],
         redraw_pixels: bool,
         device: str | None,
@@ -63,8 +65,13 @@ class Trainer:
         self.redraw_pixels, self.replicated = redraw_pixels, len(seeds) > 1
         with self._on_device():
             self.data = jax.tree.map(jnp.asarray, data)
-            example = jax.tree.map(lambda a: a[:1], self.data)
-            constraints = self._constraints(example)
+            self.batch_size = min(batch_size, len(data[0]))
+            example = jax.tree.map(lambda a: a[: self.batch_size], self.data)
+            if program.spec is None:  # an autoguide keeps what it sees at its first call, which must not be a tracer
+                program.init(random.PRNGKey(seeds[0]), *example)
+            constraints, shapes = self._parameters(example)
+            if self.batch_size < len(data[0]):
+                check_amortised(shapes, self._parameters(jax.tree.map(lambda a: a[:1], example))[1])
             if not constraints:
                 raise must(
                     "program", "have a parameter to train", "none", "Add numpyro.param or a network to model or guide"
@@ -81,8 +88,8 @@ class Trainer:
     def _on_device(self) -> Any:
         return contextlib.nullcontext() if self.device is None else jax.default_device(self.device)
 
-    def _constraints(self, example: tuple) -> dict[str, Any]:
-        """The constraint of every parameter, by site, without computing anything."""
+    def _parameters(self, example: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The constraint and the shapes of every parameter, by site, without computing anything."""
         found: list[Any] = []
 
         def probe(key: jax.Array) -> Any:
@@ -90,8 +97,8 @@ class Trainer:
             found.append(constraints)
             return params, mutable
 
-        jax.eval_shape(probe, random.PRNGKey(0))
-        return found[0]
+        params, _ = jax.eval_shape(probe, random.PRNGKey(0))
+        return found[0], {n: [a.shape for a in jax.tree.leaves(v)] for n, v in params.items()}
 
     def _init(self, key: jax.Array, example: tuple) -> State:
         params, _, mutable = self.program.init(key, *example)
@@ -129,6 +136,7 @@ class Trainer:
 
         def loss(params: Params) -> tuple[jax.Array, Any]:
             terms, mutable = self._terms(params, state.mutable, batch, key, state.step)
+            check_counts(terms, len(self.data[0]), self.batch_size)
             metrics = jax.lax.stop_gradient(step_metrics(self.objective, terms))
             return -self.objective.surrogate(terms).mean() / terms.data_per_entry, (metrics, mutable)
 
@@ -180,8 +188,7 @@ class Trainer:
         return None
 
     def blame(self, index: np.ndarray) -> tuple[str, int]:
-        """Name the site (else the parameter, by its gradient) that the next step would make non-finite, and the
-        replicate.
+        """What the next step would make non-finite: the site, else the parameter by its gradient; and the replicate.
 
         Args:
             index: the step's minibatches, ``(replicates, batch)``.

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from elbozoo.inference.arrays import Array, logsumexp, softmax
 from elbozoo.inference.errors import InvalidArgument, must
 from elbozoo.inference.gradients import GradientEstimator, Pathwise
+from elbozoo.inference.parts import instance_of, number, whole_number
 from elbozoo.inference.terms import Terms
 
 LogWeight = Float[Any, "K *P"]
@@ -69,17 +70,12 @@ class Objective(ABC):
         return {}
 
 
-def check_particles(name: str, value: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise must(name, f"be a whole number of at least {least}", value, f"Pass {name}={least} or more")
-
-
 class Bound(Objective):
     """A bound that is a function ``F`` of the log weights."""
 
     def __post_init__(self) -> None:
-        check_particles("num_particles", self.num_particles)
-        self.gradient.check_bound(self)
+        whole_number("num_particles", self.num_particles)
+        instance_of("gradient", self.gradient, GradientEstimator)
 
     @abstractmethod
     def value(self, log_weight: LogWeight) -> PerDatum:
@@ -210,10 +206,8 @@ class Renyi(Bound):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.alpha) or self.alpha == 1:
-            raise must(
-                "alpha", "be finite and differ from 1", self.alpha, "Use ELBO(), the limit α → 1, or another order"
-            )
+        todo = "Use ELBO(), the limit α → 1, or another order"
+        number("alpha", self.alpha, lambda v: v != 1, "be finite and differ from 1", todo)
 
     def value(self, log_weight: LogWeight) -> PerDatum:
         s = 1.0 - self.alpha
@@ -247,8 +241,8 @@ class MIWAE(Bound):
     gradient: GradientEstimator = field(default_factory=Pathwise)
 
     def __post_init__(self) -> None:
-        check_particles("outer", self.outer)
-        check_particles("inner", self.inner)
+        whole_number("outer", self.outer)
+        whole_number("inner", self.inner)
         super().__post_init__()
 
     @property
@@ -288,8 +282,7 @@ class CIWAE(Bound):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.beta <= 1.0:
-            raise must("beta", "lie in [0, 1]", self.beta, "0 is IWAE, 1 is the ELBO")
+        number("beta", self.beta, lambda v: 0 <= v <= 1, "lie in [0, 1]", "0 is IWAE, 1 is the ELBO")
 
     def value(self, log_weight: LogWeight) -> PerDatum:
         iwae = logsumexp(log_weight) - math.log(log_weight.shape[0])
@@ -353,10 +346,9 @@ class TVO(Bound):
     gradient: GradientEstimator = field(default_factory=Pathwise)
 
     def __post_init__(self) -> None:
-        check_particles("partitions", self.partitions)
+        whole_number("partitions", self.partitions)
         super().__post_init__()
-        if not 0.0 < self.first_beta < 1.0:
-            raise must("first_beta", "lie in (0, 1)", self.first_beta, "The paper uses values near 0.03")
+        number("first_beta", self.first_beta, lambda v: 0 < v < 1, "lie in (0, 1)", "The paper uses values near 0.03")
 
     def _intervals(self) -> list[tuple[float, float]]:
         """Pairs (left point, width)."""
@@ -386,6 +378,3 @@ class TVO(Bound):
     @staticmethod
     def _slope(b: float, w: Array, log_weight: Array) -> Array:
         return 1.0 + b * (log_weight - (w * log_weight).sum(axis=0))
-
-
-BOUNDS: tuple[type[Bound], ...] = (ELBO, IWAE, Renyi, MIWAE, CIWAE, PIWAE, TVO)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from elbozoo.inference.errors import must
+from elbozoo.inference.parts import number, positive
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,12 @@ class Adam:
 
     def __post_init__(self) -> None:
         if not callable(self.learning_rate):
-            _positive("learning_rate", self.learning_rate, "1e-3 is a common start")
+            positive("learning_rate", self.learning_rate, "1e-3 is a common start")
         for name, value in (("b1", self.b1), ("b2", self.b2)):
-            if not 0.0 <= value < 1.0:
-                raise must(name, "lie in [0, 1)", value, "Use the default")
-        _positive("eps", self.eps, "0 would divide 0 by 0 at a parameter whose gradient is 0; use the default")
+            number(name, value, lambda v: 0 <= v < 1, "lie in [0, 1)", "Use the default")
+        positive("eps", self.eps, "0 would divide 0 by 0 at a parameter whose gradient is 0; use the default")
         if self.clip_norm is not None:
-            _positive("clip_norm", self.clip_norm, "Pass None not to clip")
+            positive("clip_norm", self.clip_norm, "Pass None not to clip")
 
     def optax(self) -> Any:
         """The optax transformation."""
@@ -59,8 +56,3 @@ class Adam:
     def at(self, step: int) -> float:
         """The learning rate at ``step``."""
         return float(self.learning_rate(step)) if callable(self.learning_rate) else self.learning_rate
-
-
-def _positive(name: str, value: Any, todo: str) -> None:
-    if not isinstance(value, numbers.Real) or not (math.isfinite(value) and float(value) > 0):
-        raise must(name, "be a finite number above 0", repr(value), todo)

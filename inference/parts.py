@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from elbozoo.inference.errors import must
@@ -143,10 +145,16 @@ def whole_numbers(name: str, values: Any, length: int | None = None) -> tuple[in
     return items
 
 
-def positive(name: str, value: Any) -> None:
+def number(name: str, value: Any, holds: Callable[[Any], bool], condition: str, todo: str) -> None:
+    """Refuse anything but a finite real number for which ``holds``."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (real and math.isfinite(value) and holds(value)):
+        raise must(name, condition, repr(value), todo)
+
+
+def positive(name: str, value: Any, todo: str = "") -> None:
     """Refuse anything but a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
-        raise must(name, "be a finite number above 0", repr(value), f"Pass {name}=1.0, say")
+    number(name, value, lambda v: v > 0, "be a finite number above 0", todo or f"Pass {name}=1.0, say")
 
 
 def instance_of(name: str, value: Any, kind: type) -> None:

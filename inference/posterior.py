@@ -14,7 +14,7 @@ from elbozoo._version import __version__
 from elbozoo.inference.arrays import logsumexp, softmax
 from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import NonFinite, must
-from elbozoo.inference.evaluation import call_seed, call_size, weigh
+from elbozoo.inference.evaluation import call_seed, call_size, check_plate, weigh
 from elbozoo.inference.parts import whole_number
 from elbozoo.inference.psis import pareto_k
 from elbozoo.inference.terms import Terms
@@ -101,6 +101,7 @@ def to_arviz(
 
     drawn = _gather(draw, num_draws, chunk, seed, _POSTERIOR)
     posterior, predictive = drawn["values"], drawn["predictive"]
+    check_plate(drawn["log_lik"], len(arrays[0]))
     log_weight = weigh(drawn["log_lik"], drawn["rate"])
     if (impossible := ~np.isfinite(log_weight.max(axis=0))).any():
         got = f"{int(impossible.sum())} data (the first at {int(np.argmax(impossible))}) of likelihood 0 at every draw"
@@ -157,7 +158,7 @@ def _draws(terms: Terms) -> dict[str, Any]:
         "values": dict(terms.values),
         "observed": dict(terms.observed),
         "log_lik": terms.log_lik,
-        "rate": {name: site.log_guide - site.log_prior for name, site in terms.sites.items()},
+        "rate": {name: site.sampled_rate for name, site in terms.sites.items()},
     }
 
 

@@ -21,6 +21,7 @@ from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.torch import Independent
 from pyro.infer import ELBO as PyroELBO
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import kl_divergence
 
@@ -76,12 +77,8 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
         frozenset().union(*(_frames(s) for s in everything if s["is_observed"] is seen)) for seen in (False, True)
     )
     joint = unshared or bool(latent & observed - shared)
-    return _Layout(
-        tuple(sorted(d for _, d, _, _ in shared)),
-        scale,
-        joint,
-        1.0 if shared else _data_size(model_trace, particle_dims),
-    )
+    data_per_entry = 1.0 if shared else _data_size(model_trace, particle_dims)
+    return _Layout(tuple(sorted(d for _, d, _, _ in shared)), scale, joint, data_per_entry)
 
 
 def _data_size(model_trace: Any, particle_dims: int) -> float:
@@ -132,8 +129,10 @@ def _lead(x: torch.Tensor, event_ndim: int, layout: _Layout, particle_dim: int |
     return x[None] if particle_dim is None else x
 
 
-def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout, particle_dim: int | None) -> torch.Tensor | None:
-    """``KL(q || p)``: ``(K, *P, D)`` where both factorise alike, else ``(K, *P, 1)``; ``None``: no closed form."""
+def _analytic_kl(
+    guide_site: Any, model_site: Any, layout: _Layout, particle_dim: int | None
+) -> dict[str, torch.Tensor]:
+    """``KL(q || p)`` ``(K, *P)``, and its terms ``(K, *P, D)`` where both factorise alike; empty: no closed form."""
     (q, q_factors), (p, p_factors) = _strip(guide_site["fn"]), _strip(model_site["fn"])
     factors = q_factors if q_factors == p_factors and not q.event_dim and not p.event_dim else 0
     if factors == 0:
@@ -142,16 +141,17 @@ def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout, particle_dim
         not isinstance(guide_site["scale"], torch.Tensor) and guide_site["scale"] == model_site["scale"]
     )
     if not same_scale or guide_site["mask"] is not model_site["mask"]:
-        return None
+        return {}
     # torch's registry has a formula that forgets a Delta's own log density; its sample is exact
     if isinstance(q, Delta):
-        return None
+        return {}
     try:
         kl = kl_divergence(q, p)
     except NotImplementedError:
-        return None
+        return {}
     kl = _lead(_scale_and_mask(kl, model_site, layout, factors), factors, layout, particle_dim)
-    return kl if factors or guide_site["fn"].event_dim == 0 else kl.sum(dim=-1, keepdim=True)
+    factorises = factors or guide_site["fn"].event_dim == 0
+    return {"kl": kl.sum(dim=-1)} | ({"kl_terms": kl} if factorises else {})
 
 
 def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
@@ -224,16 +224,32 @@ class _Replay(poutine.messenger.Messenger):
 @contextmanager
 def _rng_of(run: _Run) -> Iterator[None]:
     """The random state that ``run``'s guide started from: its dropout masks must be drawn again as they were."""
-    with torch.random.fork_rng(devices=range(len(run.rng) - 1)):
+    with torch.random.fork_rng(devices=_gpus()):
         for i, state in enumerate(run.rng):
             torch.cuda.set_rng_state(state, i - 1) if i else torch.set_rng_state(state)
         yield
 
 
+def _gpus() -> list[int]:
+    """GPUs whose random state there is to keep."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+def owners(*fns: Callable) -> list[torch.nn.Module]:
+    """The modules that these callables are, or are methods of."""
+    found: list[torch.nn.Module] = []
+    for fn in fns:
+        owner = fn if isinstance(fn, torch.nn.Module) else getattr(fn, "__self__", None)
+        if isinstance(owner, torch.nn.Module) and all(owner is not m for m in found):
+            found.append(owner)
+    return found
+
+
 @contextmanager
-def _frozen_parameters(trace: Any) -> Iterator[None]:
-    """No gradient into any parameter that ``trace`` names, networks registered with ``pyro.module`` included."""
-    leaves = {id(p): p for p in _leaves(trace) if p.requires_grad}
+def _frozen_parameters(trace: Any, modules: list[torch.nn.Module]) -> Iterator[None]:
+    """No gradient into any parameter of ``modules``, or that ``trace`` names (``pyro.module``'s among them)."""
+    parameters = [*_leaves(trace), *(p for module in modules for p in module.parameters())]
+    leaves = {id(p): p for p in parameters if p.requires_grad}
     try:
         for p in leaves.values():
             p.requires_grad_(False)
@@ -265,7 +281,7 @@ class _Run:
 def _run(
     model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], subsamples: Mapping[str, torch.Tensor]
 ) -> _Run:
-    rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+    rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in _gpus())]
     with _Replay(subsamples):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     nodes: dict[str, Any] = dict(guide_trace.nodes)
@@ -298,7 +314,7 @@ def particles(
     Returns: the :class:`Terms`, with shapes ``(K, *P)``.
     """
     kwargs = dict(kwargs or {})
-    particle_dim = None
+    particle_dim, guide_modules = None, owners(guide)
     if num_particles > 1 and nesting is not None:
         particle_dim = -1 - nesting
         plate = pyro.plate(_PARTICLES, num_particles, dim=particle_dim)
@@ -325,7 +341,7 @@ def particles(
                 _hook(run, ratio if particle_dim is not None else ratio[k], layout, particle_dim)
         with ExitStack() as stack:
             for run in runs:
-                stack.enter_context(_frozen_parameters(run.guide_trace))
+                stack.enter_context(_frozen_parameters(run.guide_trace, guide_modules))
             return build([rerun_guide(r, r.aliases) for r in runs], False)
 
     def redraw() -> dict[str, torch.Tensor]:
@@ -361,21 +377,31 @@ def _site_arrays(
         for n, s in _samples(model_trace).items()
         if s["is_observed"]
     }
-    sites: dict[str, Any] = {}
-    for name, site in _samples(guide_trace).items():
-        guide_terms, guide_factors = _log_prob(site, layout, particle_dim)
-        arrays: dict[str, Any] = {"log_guide": guide_terms.sum(dim=-1)}
-        if name in model_trace.nodes:
-            prior_terms, prior_factors = _log_prob(model_trace.nodes[name], layout, particle_dim)
-            arrays["log_prior"] = prior_terms.sum(dim=-1)
-            if guide_factors and prior_factors and guide_terms.shape == prior_terms.shape:
-                arrays |= {"log_prior_terms": prior_terms, "log_guide_terms": guide_terms}
-            if analytic_kl and _kl_valid(name, model_trace, guide_trace):
-                arrays["kl"] = _analytic_kl(site, model_trace.nodes[name], layout, particle_dim)
-        else:  # an auxiliary variable of the guide
-            arrays["log_prior"] = torch.zeros_like(arrays["log_guide"])
-        sites[name] = {k: v for k, v in arrays.items() if v is not None}
+    sites = {
+        name: _site(name, guide_trace, model_trace, layout, particle_dim, analytic_kl) for name in _samples(guide_trace)
+    }
     return {"observed": observed, "sites": sites}
+
+
+def _site(
+    name: str, guide_trace: Any, model_trace: Any, layout: _Layout, particle_dim: int | None, analytic_kl: bool
+) -> dict[str, Any]:
+    """The arrays of one :class:`Site`, by attribute."""
+    site, prior = guide_trace.nodes[name], model_trace.nodes.get(name)
+    kl: dict[str, Any] = {}
+    if prior is not None and analytic_kl and _kl_valid(name, model_trace, guide_trace):
+        kl = _analytic_kl(site, prior, layout, particle_dim)
+        if kl and site["fn"].has_rsample:
+            return kl
+    guide_terms, guide_factors = _log_prob(site, layout, particle_dim)
+    log_guide = guide_terms.sum(dim=-1)
+    if prior is None:  # an auxiliary variable of the guide
+        return {"log_guide": log_guide, "log_prior": torch.zeros_like(log_guide)}
+    prior_terms, prior_factors = _log_prob(prior, layout, particle_dim)
+    arrays = {"log_guide": log_guide, "log_prior": prior_terms.sum(dim=-1)}
+    if guide_factors and prior_factors and guide_terms.shape == prior_terms.shape:
+        arrays |= {"log_prior_terms": prior_terms, "log_guide_terms": guide_terms}
+    return arrays | kl
 
 
 def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step: Any) -> Terms:
@@ -394,7 +420,7 @@ def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step:
         for name in parts[0]["sites"]
     }
     observed = {name: join([p["observed"][name] for p in parts]) for name in parts[0]["observed"]}
-    like = next(iter([*(s.log_prior for s in sites.values()), *observed.values()]), None)
+    like = next(iter([*(s.rate for s in sites.values()), *observed.values()]), None)
     if like is None:
         raise must(
             "program", "have a sample site", "none", "Add pyro.sample statements to model and guide", InvalidArgument
@@ -424,11 +450,12 @@ def particle_plate(model: Callable, guide: Callable, args: tuple, kwargs: Mappin
     the densities agree, a warning says that particles will be run one by one. A program with noise of its own (dropout)
     does not agree with itself, which tells nothing: it is taken to broadcast.
     """
-    with poutine.block(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with poutine.block(), torch.no_grad(), _no_effect(owners(model, guide)):
         alone = _run(model, guide, args, kwargs, {})
         nesting = _nesting(alone)
         try:
-            wrong = _mixes_particles(model, guide, args, kwargs, alone, nesting)
+            with pyro.validation_enabled(False):  # data outside a support are for the first step to name
+                wrong = _mixes_particles(model, guide, args, kwargs, alone, nesting)
         except InvalidArgument:  # what the program must be anyway
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -441,6 +468,16 @@ def particle_plate(model: Callable, guide: Callable, args: tuple, kwargs: Mappin
         stacklevel=3,
     )
     return None
+
+
+@contextmanager
+def _no_effect(modules: list[torch.nn.Module]) -> Iterator[None]:
+    """The random state and the modules' buffers (a batch norm's statistics) are after what they were before."""
+    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    with torch.random.fork_rng(devices=_gpus()):
+        yield
+    for buffer, value in before:
+        buffer.copy_(value)
 
 
 def _nesting(run: _Run) -> int:
@@ -486,6 +523,18 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 # --- drop-in loss -----------------------------------------------------------------------------------------------
+
+
+class _WithGradientOf(torch.autograd.Function):
+    """A value, differentiated as a surrogate, whose own value may be infinite (a particle of zero weight)."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, surrogate: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, gradients[0]
 
 
 class Loss(PyroELBO):
@@ -546,8 +595,7 @@ class Loss(PyroELBO):
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A tensor with the value of :meth:`loss` and the surrogate's gradient; counts one step."""
-        value, surrogate = self._value_and_surrogate(model, guide, args, kwargs)
-        return value + surrogate - surrogate.detach()
+        return _WithGradientOf.apply(*self._value_and_surrogate(model, guide, args, kwargs))
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Backpropagate the surrogate; return minus the bound. ``SVI.step`` calls it."""
@@ -614,8 +662,20 @@ class Program:
 
     def copy(self) -> Program:
         """A deep copy: modules and stored parameters (a module that a plain function closes over is shared)."""
+        parts = [part for module in self._modules() for part in module.modules()]
+        models = {i: part._model for i, part in enumerate(parts) if isinstance(part, AutoGuide)}
         model, guide, store = copy.deepcopy((self.model, self.guide, self.store))
-        return Program(model, guide, self.spec, store, self.trained)
+        twin = Program(model, guide, self.spec, store, self.trained)
+        copies = [part for module in twin._modules() for part in module.modules()]
+        for i, owned in models.items():  # an autoguide forgets its model when it is copied, and so does its copy
+            parts[i].__dict__["_model"] = copies[i].__dict__["_model"] = owned
+        return twin
+
+    @property
+    def shares_modules(self) -> bool:
+        """Whether a plain function closes over a module, which no copy has for itself (known once it has run)."""
+        own = {id(v) for module in self._modules() for v in module.parameters()}
+        return any(isinstance(v, torch.nn.Parameter) and id(v) not in own for v in self.store["params"].values())
 
     def frozen(self) -> Program:
         """The same program with constant parameters: no ``param`` site shows outside, no gradient reaches them."""
@@ -624,15 +684,10 @@ class Program:
             module.eval()
         for p in twin._tensors().values():
             p.requires_grad_(False)
-        return Program(_Hidden(twin.model, twin), _Hidden(twin.guide, twin), self.spec, twin.store)
+        return Program(_Hidden(twin.model, twin), _Hidden(twin.guide, twin), self.spec, twin.store, trained=True)
 
     def _modules(self) -> list[torch.nn.Module]:
-        found = []
-        for fn in (self.model, self.guide):
-            owner = fn if isinstance(fn, torch.nn.Module) else getattr(fn, "__self__", None)
-            if isinstance(owner, torch.nn.Module) and all(owner is not m for m in found):
-                found.append(owner)
-        return found
+        return owners(self.model, self.guide)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer, unconstrained, by state-dict name, then those of the store alone."""
@@ -715,7 +770,7 @@ class Program:
         analytic_kl: bool = False,
     ) -> Any:
         """``fn(terms)`` for fresh particles on the data ``args``, without gradients; a tree (dicts) of NumPy arrays."""
-        with self.parameters(), torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+        with self.parameters(), torch.no_grad(), torch.random.fork_rng(devices=_gpus()), pyro.validation_enabled(False):
             torch.manual_seed(seed)
             args = self._inputs(args)
             if num_particles > 1 and "_nesting" not in self.__dict__:
@@ -749,7 +804,7 @@ class Program:
             sites whose distribution has one.
         """
         draws: list[dict[str, dict[str, Any]]] = []
-        with self.parameters(), torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+        with self.parameters(), torch.no_grad(), torch.random.fork_rng(devices=_gpus()), pyro.validation_enabled(False):
             torch.manual_seed(seed)
             args = self._inputs(args)
             for k in range(num_particles):
@@ -790,6 +845,8 @@ class _Hidden:
         return self._hide(self._fn)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_fn" not in self.__dict__:  # a copy in the making
+            raise AttributeError(name)
         attribute = getattr(self._fn, name)
         return self._hide(attribute) if callable(attribute) else attribute
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from elbozoo.inference.errors import must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.terms import Terms
 
@@ -23,11 +26,44 @@ def step_metrics(objective: Objective, terms: Terms) -> dict[str, Any]:
     return metrics | objective.scalars(terms)
 
 
+def check_counts(terms: Terms, num_data: int, batch_size: int) -> None:
+    """Refuse to train on minibatches that a program with one joint weight takes for the whole data.
+
+    Raises: InvalidArgument.
+    """
+    covered = terms.data_per_entry * terms.scale * math.prod(terms.log_lik.shape[1:])
+    if terms.joint and batch_size < num_data and covered < num_data:
+        raise must(
+            "program",
+            "know the size of the whole data where a site lies outside the data plate, whose share of a minibatch is "
+            f"otherwise charged {num_data / batch_size:g} times too much",
+            f"a plate over the {batch_size} data of a minibatch, of {num_data}",
+            f"Write plate('data', {num_data}, subsample_size=len(x)), or pass batch_size={num_data}",
+        )
+
+
+def check_amortised(shapes: Mapping[str, Any], shapes_of_fewer: Mapping[str, Any]) -> None:
+    """Refuse minibatches where a parameter has an entry a datum, which other data of another minibatch would share.
+
+    Args:
+        shapes, shapes_of_fewer: the parameters' shapes, by name, as a minibatch and as fewer data make them.
+
+    Raises: InvalidArgument.
+    """
+    for name, shape in shapes.items():
+        if shapes_of_fewer.get(name, shape) != shape:
+            todo = "Compute it from the data, or pass batch_size=len(data)"
+            got = f"{shape[0]} for a minibatch, {shapes_of_fewer[name][0]} for fewer data"
+            raise must(
+                f"parameter '{name}'", "have one shape, whatever the data, to be trained on minibatches", got, todo
+            )
+
+
 def first_non_finite(terms: Terms) -> str:
     """Name of the first site with a non-finite log density (the guide's order, then observed ones); empty if none."""
     for name, site in terms.sites.items():
         for x in (site.log_guide, site.log_prior, site.rate):
-            if not np.isfinite(_array(x)).all():
+            if x is not None and not np.isfinite(_array(x)).all():
                 return name
     for name, x in terms.observed.items():
         if not np.isfinite(_array(x)).all():

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from elbozoo.inference.arrays import Array, cos, stop_gradient
 from elbozoo.inference.errors import Refused, must
 from elbozoo.inference.gradients import GradientEstimator
-from elbozoo.inference.objectives import ELBO, Bound, Objective, check_particles
+from elbozoo.inference.objectives import ELBO, Bound, Objective
+from elbozoo.inference.parts import instance_of, number, one_of, whole_number
 from elbozoo.inference.terms import Terms
 
 Unit = Literal["steps", "epochs"]
@@ -25,6 +26,9 @@ class Shape(Objective):
     """An objective whose training gradient charges the rate differently from the bound it reports."""
 
     objective: Objective
+
+    def __post_init__(self) -> None:
+        instance_of("objective", self.objective, Objective)
 
     @abstractmethod
     def shape(self, terms: Terms) -> Terms:
@@ -65,7 +69,7 @@ class Shape(Objective):
 
     def scalars(self, terms: Terms) -> dict[str, Any]:
         """The shaped bound (batch mean, nats) and every schedule's present value."""
-        shaped = self.base.bound(self.shape_all(terms)).mean()
+        shaped = self.base.bound(self.shape_all(terms)).mean() / terms.data_per_entry
         return {"shaped_bound": stop_gradient(shaped), **self._schedules(terms.step)}
 
     def _schedules(self, step: Any) -> dict[str, Any]:
@@ -131,8 +135,8 @@ class Beta(Shape):
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.beta) and self.beta >= 0):
-            raise must("beta", "be finite and at least 0", self.beta, "Use β = 1 for the plain bound")
+        super().__post_init__()
+        number("beta", self.beta, lambda v: v >= 0, "be finite and at least 0", "Use β = 1 for the plain bound")
 
     def shape(self, terms: Terms) -> Terms:
         return _scale_gains(terms, self.beta)
@@ -169,19 +173,14 @@ class AnnealedKL(Shape):
     ramp: float = 0.5
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.warmup) and self.warmup > 0):
-            raise must(
-                "warmup", "be finite and above 0", self.warmup, "Use the objective without AnnealedKL for no warm-up"
-            )
-        if not 0.0 <= self.start <= 1.0:
-            raise must("start", "lie in [0, 1]", self.start, "β rises from start to 1")
-        if not 0.0 < self.ramp <= 1.0:
-            raise must("ramp", "lie in (0, 1]", self.ramp, "It is the share of a cycle in which β rises")
-        if self.schedule_form not in ("linear", "cosine", "cyclical"):
-            raise must(
-                "schedule_form", "be 'linear', 'cosine' or 'cyclical'", repr(self.schedule_form), "Choose one of them"
-            )
-        check_particles("cycles", self.cycles)
+        super().__post_init__()
+        todo = "Use the objective without AnnealedKL for no warm-up"
+        number("warmup", self.warmup, lambda v: v > 0, "be finite and above 0", todo)
+        number("start", self.start, lambda v: 0 <= v <= 1, "lie in [0, 1]", "β rises from start to 1")
+        number("ramp", self.ramp, lambda v: 0 < v <= 1, "lie in (0, 1]", "It is the share of a cycle in which β rises")
+        one_of("schedule_form", self.schedule_form, ("linear", "cosine", "cyclical"))
+        one_of("unit", self.unit, get_args(Unit))
+        whole_number("cycles", self.cycles)
 
     @property
     def uses_step(self) -> bool:
@@ -211,15 +210,19 @@ class AnnealedKL(Shape):
         return {"beta": self.beta(step)}
 
 
-def _check_elbo(shape: Shape) -> None:
+def _check_constraint(shape: Shape) -> None:
+    """Refuse what a constraint on the KL term cannot be put on: a multi-sample bound, and another such constraint."""
+    name, base = type(shape).__name__, type(shape.base).__name__
     if not isinstance(shape.base, ELBO):
-        raise must(
-            f"{type(shape).__name__}.objective",
-            "be an ELBO, alone or shaped: the constraint is on its KL term, which a multi-sample bound does not have",
-            type(shape.base).__name__,
-            f"Use {type(shape).__name__}(ELBO(...)), or AnnealedKL or Beta on {type(shape.base).__name__}",
-            Refused,
-        )
+        condition = "be an ELBO, alone or shaped: its KL term is constrained, and a multi-sample bound has none"
+        todo = f"Use {name}(ELBO(...)), or AnnealedKL or Beta on {base}"
+        raise must(f"{name}.objective", condition, base, todo, Refused)
+    inner = shape.objective
+    while isinstance(inner, Shape):
+        if isinstance(inner, (FreeBits, Capacity)):
+            condition = "hold no second constraint on the KL term"
+            raise must(f"{name}.objective", condition, type(inner).__name__, "Use one of the two", Refused)
+        inner = inner.objective
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ class FreeBits(Shape):
 
     Args:
         objective: an ELBO, alone or shaped.
-        free_bits: λ, nats per group (the name is the field's; the unit is nats).
+        free_bits: λ, nats per group and entry of the bound (the name is the field's; the unit is nats).
         per: groups are each latent "dimension" or each whole "site".
 
     Raises: InvalidArgument for λ < 0; Refused on multi-sample bounds, on gradients that need one gain, and per
@@ -245,11 +248,10 @@ class FreeBits(Shape):
     per: Literal["dimension", "site"] = "dimension"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.free_bits) and self.free_bits >= 0):
-            raise must("free_bits", "be finite and at least 0", self.free_bits, "0 is the plain ELBO")
-        if self.per not in ("dimension", "site"):
-            raise must("per", "be 'dimension' or 'site'", repr(self.per), "Choose one of them")
-        _check_elbo(self)
+        super().__post_init__()
+        number("free_bits", self.free_bits, lambda v: v >= 0, "be finite and at least 0", "0 is the plain ELBO")
+        one_of("per", self.per, ("dimension", "site"))
+        _check_constraint(self)
         if not self.gradient.allows_gain_per_dimension:
             raise must(
                 "FreeBits.objective.gradient",
@@ -314,11 +316,12 @@ class Capacity(Shape):
     unit: Unit = "epochs"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("capacity", "gamma", "warmup"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise must(name, "be finite and at least 0", value, "See Capacity's docstring for its meaning")
-        _check_elbo(self)
+            todo = "See Capacity's docstring for its meaning"
+            number(name, getattr(self, name), lambda v: v >= 0, "be finite and at least 0", todo)
+        one_of("unit", self.unit, get_args(Unit))
+        _check_constraint(self)
 
     @property
     def uses_step(self) -> bool:
@@ -332,12 +335,9 @@ class Capacity(Shape):
         target = self.target(terms.step)
         above = (stop_gradient(terms.rate.mean()) > target) * 2.0 - 1.0
         pulled = _scale_gains(terms, self.gamma * above)
-        first = next(iter(terms.sites))
-        offsets = {n: s.offset - self.gamma * above * target * (n == first) for n, s in pulled.sites.items()}
+        first = next(iter(terms.sites))  # what charges the rate β charges the constraint β, in either order of nesting
+        offsets = {n: s.offset - s.gain * target * (n == first) for n, s in pulled.sites.items()}
         return pulled.shaped({n: s.gain for n, s in pulled.sites.items()}, offsets)
 
     def schedule(self, step: Any) -> dict[str, Any]:
         return {"capacity": self.target(step)}
-
-
-SHAPES: tuple[type[Shape], ...] = (Beta, AnnealedKL, FreeBits, Capacity)

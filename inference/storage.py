@@ -28,7 +28,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to a temporary file beside ``path`` and move it there in one step.
 
     The temporary file has one name for each ``path``: what a killed process leaves is overwritten, and does not pile
-    up.
+    up. (Two processes that write one ``path`` at once are one too many.)
 
     Raises: WriteFailed; the earlier file, if any, is untouched.
     """
@@ -41,12 +41,23 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_directory(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
             raise _unwritable(path, error) from error
         raise
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename last through a power cut, where the system lets a directory be opened for it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def check_writable(directory: Path) -> None:

@@ -20,23 +20,26 @@ class Site:
     r"""One latent site ``z`` of the guide.
 
     Attributes:
-        log_prior: ``log p(z | parents in the model)``, ``(K, *P)``.
-        log_guide: ``log q(z | parents in the guide, x)``, ``(K, *P)``.
+        log_prior: ``log p(z | parents in the model)``, ``(K, *P)``; ``None`` where ``kl`` stands for both densities
+            of a reparameterised value, which are then not worked out.
+        log_guide: ``log q(z | parents in the guide, x)``, ``(K, *P)``; ``None`` as above.
         log_prior_terms, log_guide_terms: the same per latent dimension, ``(K, *P, D)``; ``None`` unless both factorise.
-        kl: analytic ``KL(q || p)`` of the site given what was drawn before it, per dimension where both factorise
-            (``D = 1`` otherwise); ``None`` when it was not asked for, has no closed form, or would be wrong because
-            the model's site depends on a value that the guide draws later.
+        kl: analytic ``KL(q || p)`` of the site given what was drawn before it, ``(K, *P)``; ``None`` when it was not
+            asked for, has no closed form, or would be wrong because the model's site depends on a value that the guide
+            draws later.
+        kl_terms: the same per dimension, ``(K, *P, D)``, where both factorise alike.
         reparameterised: whether gradients flow through the drawn value.
         gain, offset: the shaped rate is ``gain * rate + offset`` (see :mod:`elbozoo.inference.shapes`); ``gain`` is a
             scalar or one number per dimension ``(D,)``, ``offset`` a scalar per site.
         guide_family: the class name of the guide's distribution, for messages.
     """
 
-    log_prior: Float[Any, "K *P"]
-    log_guide: Float[Any, "K *P"]
+    log_prior: Float[Any, "K *P"] | None = None
+    log_guide: Float[Any, "K *P"] | None = None
     log_prior_terms: Float[Any, "K *P D"] | None = None
     log_guide_terms: Float[Any, "K *P D"] | None = None
-    kl: Float[Any, "K *P E"] | None = None
+    kl: Float[Any, "K *P"] | None = None
+    kl_terms: Float[Any, "K *P D"] | None = None
     reparameterised: bool = True
     gain: Any = 1.0
     offset: Any = 0.0
@@ -45,13 +48,19 @@ class Site:
     @property
     def rate(self) -> Array:
         """``KL(q || p)``: analytic where the engine found it valid, else the sample ``log q - log p``; ``(K, *P)``."""
-        return self.log_guide - self.log_prior if self.kl is None else self.kl.sum(axis=-1)
+        return self.sampled_rate if self.kl is None else self.kl
+
+    @property
+    def sampled_rate(self) -> Array:
+        """``log q - log p`` of the drawn value, ``(K, *P)``."""
+        assert self.log_guide is not None, "the analytic KL was asked for, and stands for both densities"
+        return self.log_guide - self.log_prior
 
     @property
     def rate_terms(self) -> Array | None:
         """The rate per latent dimension, ``(K, *P, D)``, or ``None`` where the site does not factorise."""
-        if self.kl is not None and (self.kl.shape[-1] > 1 or self.log_guide_terms is not None):
-            return self.kl
+        if self.kl is not None:
+            return self.kl_terms
         if self.log_guide_terms is None or self.log_prior_terms is None:
             return None
         return self.log_guide_terms - self.log_prior_terms
@@ -80,8 +89,8 @@ class Terms:
         scale: ``size / subsample_size`` of the shared plates; outside every logarithm of a mean.
         joint: a site lies outside a plate that holds latents and data, so one weight covers all of that plate (or the
             whole batch).
-        data_per_entry: how many data one entry of a bound covers: 1 under a shared data plate; the data plate's size
-            where the weight is joint.
+        data_per_entry: how many data one entry of a bound covers: 1 where a plate is shared by every site (its entries
+            are the data); else the size of the plates around the data.
         observed: ``log p`` of each observed site, ``(K, *P)``; they sum to ``log_lik``.
         values: the drawn latent values, ``(K, …)``.
         refreeze: engine callback behind :meth:`freeze`.

@@ -20,9 +20,9 @@ from elbozoo._version import __version__
 from elbozoo.inference import storage
 from elbozoo.inference.data import Binarize, batches, prepare
 from elbozoo.inference.errors import CorruptFile, NonFinite, must
-from elbozoo.inference.objectives import ELBO, Objective, check_particles
+from elbozoo.inference.objectives import ELBO, Objective
 from elbozoo.inference.optimizers import Adam
-from elbozoo.inference.parts import one_of
+from elbozoo.inference.parts import one_of, whole_number
 from elbozoo.inference.recording import rewind
 from elbozoo.inference.shapes import Shape
 
@@ -83,11 +83,12 @@ class Run:
         directory = Path(directory)
         storage.save_arrays(directory / WEIGHTS, self.weights, {"engine": self.program.engine})
         storage.save_json(directory / HISTORY, {"rows": self.history})
-        storage.save_json(directory / CONFIG, self.config)
+        # Last, and with the weights' digest: what a kill leaves half-saved is seen.
+        storage.save_json(directory / CONFIG, {**self.config, "weights": _digest(self.weights)})
         return directory
 
     @classmethod
-    def load(cls, directory: str | Path, program: Any = None, *example: Any) -> Run:
+    def load(cls, directory: str | Path, program: Any = None, *example: Any, objective: Objective | None = None) -> Run:
         """Read a run folder.
 
         Args:
@@ -95,11 +96,16 @@ class Run:
             program: the untrained program; rebuilt from the config for a model of the zoo. Any engine will do:
                 weights are shared.
             example: a small batch, for a program that is not of the zoo.
+            objective: what it was trained on, where that is an objective of the user's own.
 
         Raises: CorruptFile naming a missing, truncated or altered file; InvalidArgument when the weights are of
             another program.
         """
         directory = Path(directory)
+        if not (directory / CONFIG).exists() and (directory / CHECKPOINT).exists():
+            todo = "Go on with fit(..., resume=True) or `elbozoo train ... --resume`"
+            got = "a checkpoint alone"
+            raise must(str(directory / CONFIG), "be there in the folder of a finished run", got, todo, CorruptFile)
         config = storage.load_json(directory / CONFIG)
         arrays, _ = storage.load_arrays(directory / WEIGHTS)
         history = storage.load_json(directory / HISTORY)
@@ -110,6 +116,9 @@ class Run:
             if missing := sorted(keys - set(content)):
                 todo = "Restore it from a copy; another file may lie in its place"
                 raise must(str(directory / name), f"have {', '.join(missing)}", sorted(content), todo, CorruptFile)
+        if config.pop("weights", None) != _digest(arrays):
+            todo = "Train it again, or resume it from its checkpoint; saving was cut short"
+            raise must(str(directory / WEIGHTS), f"be the weights that {CONFIG} is about", "others", todo, CorruptFile)
         if program is None:
             if config.get("spec") is None:
                 raise must(
@@ -127,7 +136,11 @@ class Run:
         if program.engine == "pyro":  # as fit hands it back
             for module in program._modules():
                 module.eval()
-        return cls(program, objective_from_config(config["objective"]), history["rows"], config)
+        return cls(program, objective or objective_from_config(config["objective"]), history["rows"], config)
+
+
+def _digest(weights: Mapping[str, np.ndarray]) -> str:
+    return storage.checksum(weights[name] for name in sorted(weights))
 
 
 # --- configuration ----------------------------------------------------------------------------------------------
@@ -161,7 +174,8 @@ def objective_from_config(config: Mapping[str, Any]) -> Any:
     except TypeError:  # a field that this version does not have
         pass
     got = {**values, "class": config.get("class")}
-    raise must("objective", "be one that this version knows", got, "Use the version that wrote it", CorruptFile)
+    todo = "Pass Run.load(..., objective=...) if it is your own, else use the version that wrote it"
+    raise must("objective", "be one that this version knows", got, todo, CorruptFile)
 
 
 def environment(engine: str) -> dict[str, str]:
@@ -202,7 +216,11 @@ def fit(
     r"""Train a program's model and guide together: maximise the objective's surrogate, report its bound.
 
     The program is left as it is: the trained one is ``run.program``. A program that already has trained weights goes
-    on from them.
+    on from them. (A plain Pyro function that closes over a module shares it with every copy, so that module is trained
+    in place; pass a method of the module instead.)
+
+    A site outside the data plate (a global latent) is charged once for all data, so the plate must say how many there
+    are: ``plate("data", N, subsample_size=len(x))``.
 
     Args:
         program: a zoo program, or ``Program(model, guide)`` of either engine around the user's own.
@@ -215,7 +233,8 @@ def fit(
         learning_rate: Adam's step size, or a function of the step.
         optimizer: :class:`~elbozoo.inference.optimizers.Adam`, an optax transformation (NumPyro), or a function from
             parameters to a torch optimizer (Pyro). Overrides ``learning_rate``.
-        seed: fixes initial weights, order and noise.
+        seed: fixes order and noise, and the initial weights of a zoo program and of param statements (modules of the
+            user's own start as they are).
         valid: held-out data, on which the bound is computed every epoch.
         binarize: for grey pixels under a Bernoulli: "stochastic" redraws every pixel at every step with the pixel as
             mean; "static" draws once, the same whatever the seed; "threshold" cuts at ½.
@@ -235,7 +254,8 @@ def fit(
     Units: every figure of the history is nats per datum.
 
     Raises:
-        InvalidArgument: bad settings or data, before anything is written.
+        InvalidArgument: bad settings, device or data, before anything is written; a program that cannot be trained on
+            minibatches.
         Refused: the objective has no right gradient on this program.
         NonFinite: a bound or gradient went non-finite; carries the site, the step and the run with the last good state.
         CorruptFile: the checkpoint is unreadable.
@@ -286,6 +306,7 @@ def fit(
         # to know the data again on resuming
         config |= {"data": storage.checksum(train), "valid": None if held_out is None else storage.checksum(held_out)}
     if replicates is not None and program.engine == "pyro":  # torch has no vmap over whole programs: one after another
+        importlib.import_module("elbozoo.inference.pyro_trainer").check_copies(program, train)
         where = [None if directory is None else Path(directory) / f"replicate-{r}" for r in range(replicates)]
         return [
             fit(
@@ -308,7 +329,9 @@ def fit(
         ]
     seeds = [seed + r for r in range(replicates or 1)]
     trainer_class = importlib.import_module(f"elbozoo.inference.{program.engine}_trainer").Trainer
-    trainer = trainer_class(program, shaped, optimizer, train, seeds=seeds, redraw_pixels=redraw, device=device)
+    trainer = trainer_class(
+        program, shaped, optimizer, train, batch_size=batch_size, seeds=seeds, redraw_pixels=redraw, device=device
+    )
     loop = _Loop(trainer, objective, config, seeds, None if directory is None else Path(directory))
     if resume and directory is not None and (Path(directory) / CHECKPOINT).exists():
         loop.resume(epochs)
@@ -463,13 +486,13 @@ def _check_settings(
     if not isinstance(objective, Objective):
         raise must("objective", "be an objective", repr(objective), "Write objective=IWAE(num_particles=50), say")
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
-        check_particles(name, value)
-    check_particles("seed", seed, 0)
+        whole_number(name, value)
+    whole_number("seed", seed, 0)
     if seed >= 2**31:
         raise must("seed", "be below 2**31", seed, "Pass a smaller one; it fits both engines")
     for name, value in (("replicates", replicates), ("early_stopping", early_stopping)):
         if value is not None:
-            check_particles(name, value)
+            whole_number(name, value)
     one_of("binarize", binarize, get_args(Binarize))
     if early_stopping is not None and (valid is None or replicates is not None):
         raise must(

@@ -6,9 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from elbozoo.benchmarks.records import Record
+from elbozoo.inference.errors import InvalidArgument
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SCRIPTS = {"__init__", "datasets", "records", "tables"}
@@ -41,3 +45,17 @@ def test_tables_are_generated_from_the_results() -> None:
     from elbozoo.benchmarks.tables import PAGE, page
 
     assert PAGE.read_text() == page(), "run python benchmarks/tables.py"
+
+
+def test_a_result_file_is_of_one_setting(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Config:
+        hidden: int
+        seeds: tuple[int, ...] = (0,)
+
+    first = Record(tmp_path / "r.json", "Q?\n\nA.", Config(100), (), grid=("seeds",))
+    first.cell("a", lambda: {"x": 1})
+    more = Record(tmp_path / "r.json", "Q?\n\nA.", Config(100, seeds=(0, 1)), (), grid=("seeds",))
+    assert more.cell("a", lambda: {"x": 2}) == {"x": 1}, "what is there is not measured again"
+    with pytest.raises(InvalidArgument, match=r"be of the same settings.*config\.hidden"):
+        Record(tmp_path / "r.json", "Q?\n\nA.", Config(200), (), grid=("seeds",))

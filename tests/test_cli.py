@@ -31,15 +31,15 @@ from elbozoo.inference import (
     Adam,
     AnnealedKL,
     Beta,
+    Bound,
     Capacity,
     DReG,
     FreeBits,
     Run,
     ScoreFunction,
+    Shape,
     evaluate,
 )
-from elbozoo.inference.objectives import BOUNDS
-from elbozoo.inference.shapes import SHAPES
 from elbozoo.inference.training import _Loop
 from elbozoo.zoo import MLP, VAE, Bernoulli, Conv, DiscretizedLogistic, Gaussian, LinearVAE, Spec
 
@@ -146,7 +146,7 @@ def test_list_names_everything_with_its_first_line(capsys: pytest.CaptureFixture
     for name in names.values():
         assert re.search(rf"^  {name} ", text, re.MULTILINE), name
     assert "iwae                      The importance-weighted bound." in text
-    for cls in (*BOUNDS, *SHAPES):
+    for cls in (*options.choices(Bound).values(), *options.choices(Shape).values()):
         first = (cls.__doc__ or "").splitlines()[0].replace("``", "")
         assert first[:60] in text
     assert {cls.__name__: options.command_name(cls) for cls in PARTS if cls.__name__ in names} == names
@@ -380,7 +380,8 @@ def test_evaluate(engine: str, folders: dict[str, Path], capsys: pytest.CaptureF
         with pytest.raises(Asked):
             run(f"{command} {other}")
     weights, file = folder / "weights.safetensors", folder / "evaluation-digits-20.safetensors"
-    whole, kept = weights.read_bytes(), file.read_bytes()
+    config = folder / "config.json"
+    whole, kept, about = weights.read_bytes(), file.read_bytes(), config.read_bytes()
     try:
         file.write_bytes(kept[:-1])  # not whole
         with pytest.raises(Asked):
@@ -392,6 +393,7 @@ def test_evaluate(engine: str, folders: dict[str, Path], capsys: pytest.CaptureF
             run(command)
     finally:
         weights.write_bytes(whole)
+        config.write_bytes(about)
 
 
 @pytest.mark.pyro

@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -478,7 +479,9 @@ def test_a_missing_file_is_named(whole: tuple[str, Path], name: str, tmp_path: P
     _, source = whole
     shutil.copytree(source, tmp_path / "run")
     (tmp_path / "run" / name).unlink()
-    with pytest.raises(CorruptFile, match="must be a readable file; got FileNotFoundError") as info:
+    missing = "must be a readable file; got FileNotFoundError"
+    unfinished = "must be there in the folder of a finished run; got a checkpoint alone"
+    with pytest.raises(CorruptFile, match=unfinished if name == FILES[2] else missing) as info:
         Run.load(tmp_path / "run")
     assert str(tmp_path / "run" / name) in str(info.value)
 
@@ -540,6 +543,9 @@ def test_nothing_is_unpickled(whole: tuple[str, Path], tmp_path: Path, monkeypat
 # --- disks ----------------------------------------------------------------------------------------------------------
 
 
+os_fsync = os.fsync
+
+
 class Disk:
     """Fails the n-th write from now on."""
 
@@ -548,6 +554,8 @@ class Disk:
         patch.setattr(os, call, self)
 
     def __call__(self, *args: Any) -> Any:
+        if self.real is os_fsync and stat.S_ISDIR(os.fstat(args[0]).st_mode):
+            return self.real(*args)  # a directory's entry, after its file is in place
         self.left -= 1
         if self.left < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -716,7 +724,14 @@ def replay(engine: str, rate: Any, steps: int) -> dict[str, np.ndarray]:
 
     user = getattr(LinearVAE(3, 2, scale=0.5), engine)()
     trainer = import_module(f"elbozoo.inference.{engine}_trainer").Trainer(
-        user, ELBO(analytic_kl=False), Adam(rate), prepare(user, data()), seeds=[0], redraw_pixels=False, device=None
+        user,
+        ELBO(analytic_kl=False),
+        Adam(rate),
+        prepare(user, data()),
+        batch_size=20,
+        seeds=[0],
+        redraw_pixels=False,
+        device=None,
     )
     order = np.concatenate([batches(0, epoch, 60, 20) for epoch in range(4)])
     for step in range(steps):

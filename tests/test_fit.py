@@ -18,8 +18,24 @@ from compile_once import as_users_run_it, compile_once  # noqa: F401
 from programs import data, program
 from sklearn.datasets import load_digits
 
-from elbozoo.inference import ELBO, IWAE, Adam, AnnealedKL, Beta, FreeBits, Run, fit
+from elbozoo.inference import (
+    ELBO,
+    IWAE,
+    PIWAE,
+    STL,
+    TVO,
+    Adam,
+    AnnealedKL,
+    Beta,
+    Capacity,
+    DReG,
+    FreeBits,
+    Run,
+    ScoreFunction,
+    fit,
+)  # fmt: skip
 from elbozoo.inference.data import batches, prepare
+from elbozoo.inference.errors import CorruptFile
 from elbozoo.inference.storage import load_arrays, save_json
 from elbozoo.inference.training import to_config
 from elbozoo.zoo import MLP, VAE, LinearVAE
@@ -293,6 +309,66 @@ def test_nothing_is_traced_again_after_the_first_epoch() -> None:
         counts.append(calls)
     assert counts[0] == counts[1]
     assert len(counts[0]) > 0
+
+
+TRACED = (
+    ELBO(), ELBO(2, STL()), IWAE(3, DReG()), PIWAE(2, 2), TVO(2, 3, gradient=DReG()), IWAE(3, ScoreFunction(False)),
+    AnnealedKL(IWAE(3), warmup=6, unit="steps"), FreeBits(ELBO(), 0.1), Capacity(ELBO(), 2.0, warmup=6, unit="steps"),
+)  # fmt: skip
+"""Every estimator and shape: those that run the guide twice, those that read the step."""
+
+
+def pyro_trainer(program: Any, objective: Any, x: np.ndarray) -> Any:
+    from elbozoo.inference.pyro_trainer import Trainer
+
+    return Trainer(program, objective, Adam(0.01), (x,), batch_size=10, seeds=[0], redraw_pixels=True, device=None)
+
+
+@pytest.mark.pyro
+@pytest.mark.parametrize("objective", TRACED, ids=lambda o: f"{type(o).__name__}-{type(o.gradient).__name__}")
+def test_a_traced_step_is_the_step_to_the_bit(objective: Any) -> None:
+    order, trainers = np.arange(90).reshape(1, 9, 10), []
+    for traced in (True, False):
+        trainer = pyro_trainer(VAE(data_dim=4, latent_dim=2, network=MLP(hidden=(3,))).pyro(), objective, GREY)
+        trainer.may_compile = traced
+        metrics = trainer.epoch(order)
+        trainers.append((trainer, metrics))
+    (one, seen), (two, wanted) = trainers
+    assert one.compiled is not None
+    assert two.compiled is None
+    assert same_weights(one.arrays(), two.arrays())  # moments and random state among them
+    assert seen.keys() == wanted.keys()
+    assert all(np.array_equal(seen[n], wanted[n]) for n in seen)
+    assert len(np.unique(seen["bound"])) == 9, "fresh noise and fresh data at every step"
+
+
+@pytest.mark.pyro
+def test_a_users_own_program_is_not_traced() -> None:
+    """It may count in Python: a trace would freeze the count."""
+    import pyro
+    import pyro.distributions as dist
+    import torch
+
+    from elbozoo.inference.pyro_engine import Program
+
+    calls = []
+
+    def model(x: Any) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            calls.append(len(x))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0] + len(calls))
+
+    def guide(x: Any) -> None:
+        loc = pyro.param("m", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    trainer = pyro_trainer(Program(model, guide), ELBO(), GREY)
+    before = len(calls)
+    trainer.epoch(np.arange(90).reshape(1, 9, 10))
+    assert trainer.compiled is None
+    assert len(calls) - before == 9
 
 
 # --- replicates ---------------------------------------------------------------------------------------------------
@@ -575,3 +651,48 @@ def test_config_says_nothing_that_another_process_would_say_otherwise(tmp_path: 
     assert to_config(Adam(Decay(0.3)))["learning_rate"] == {"class": "Decay", "start": 0.3, "over": 5.0}
     assert to_config(Adam(rates[0])) != to_config(Adam(rates[1]))
     save_json(tmp_path / "config.json", to_config(Adam(rates[0])))
+
+
+def test_a_run_whose_saving_was_cut_short_is_seen(tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    one, two = (linear("numpyro", seed=s).save(tmp_path / f"{s}") for s in (0, 1))
+    (one / "weights.safetensors").write_bytes((two / "weights.safetensors").read_bytes())
+    with pytest.raises(CorruptFile, match=r"weights\.safetensors must be the weights that config\.json is about"):
+        Run.load(one)
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    linear("numpyro", directory=tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(
+        CorruptFile,
+        match=r"config\.json must be there in the folder of a finished run; got a checkpoint alone\. Go on with fit",
+    ):
+        Run.load(tmp_path / "run")
+
+
+def test_a_run_on_an_objective_of_the_user_s_own_loads(engine: str, tmp_path: Path) -> None:
+    run = linear(engine, objective=Own()).save(tmp_path / "run")
+    with pytest.raises(CorruptFile, match=r"Pass Run\.load\(\.\.\., objective=\.\.\.\) if it is your own"):
+        Run.load(run)
+    assert Run.load(run, objective=Own()).objective == Own()
+
+
+@dataclass(frozen=True)
+class Own(ELBO):
+    """An objective that the library does not know."""
+
+
+@pytest.mark.pyro
+def test_any_torch_optimiser_resumes(tmp_path: Path) -> None:
+    """Adafactor's state has other shapes than the parameters."""
+    import torch
+
+    def make(params: Any) -> Any:
+        return torch.optim.Adafactor(params, lr=0.01)
+
+    whole = linear("pyro", optimizer=make, epochs=4)
+    linear("pyro", optimizer=make, epochs=2, directory=tmp_path / "run")
+    resumed = linear("pyro", optimizer=make, epochs=4, directory=tmp_path / "run", resume=True)
+    assert same_weights(whole.weights, resumed.weights)

@@ -256,6 +256,12 @@ def test_leave_one_out_is_vimcos_geometric_baseline() -> None:
     np.testing.assert_array_equal(leave_one_out(IWAE(1), l[:1]), 0.0)
 
 
+def test_the_baseline_of_a_particle_of_zero_weight_is_finite() -> None:
+    l = np.array([[-np.inf], [0.0], [1.0]])
+    want = [np.log(np.mean(np.exp([[0.5, 0.0, 1.0]]))), np.log(np.exp(1.0) / 3), np.log(1 / 3)]
+    np.testing.assert_allclose(leave_one_out(IWAE(3), l)[:, 0], want)
+
+
 @pytest.mark.parametrize("engine", ["numpyro", "pyro"])
 @pytest.mark.parametrize("gradient", [Pathwise(), STL(), DReG()], ids=str)
 def test_non_reparameterised_site_is_refused(engine: str, gradient: Any) -> None:

@@ -14,10 +14,12 @@ import oracles
 import pytest
 from scipy import special
 
+from elbozoo import options
+from elbozoo.inference import Bound, Shape
 from elbozoo.inference.errors import ElbozooError, InvalidArgument, Refused
 from elbozoo.inference.gradients import STL, DReG, Pathwise, ScoreFunction
-from elbozoo.inference.objectives import BOUNDS, CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Renyi
-from elbozoo.inference.shapes import SHAPES, AnnealedKL, Beta, Capacity, FreeBits
+from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Renyi
+from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits
 from elbozoo.inference.terms import Site, Terms
 
 L = np.random.default_rng(0).normal(size=(6, 2, 3)) * 1.5 - 3.0
@@ -65,7 +67,7 @@ def run(arrays: str, fn: Callable[[Any], Any], x: np.ndarray) -> np.ndarray:
 
 
 def test_the_table_is_complete() -> None:
-    assert {type(bound) for bound, _ in TABLE} == set(BOUNDS)
+    assert {type(bound) for bound, _ in TABLE} == set(options.choices(Bound).values())
 
 
 @rows
@@ -237,7 +239,7 @@ INVALID = [
     (lambda: ELBO(1.5), "num_particles", 1.5),  # type: ignore[arg-type]
     (lambda: ELBO(True), "num_particles", True),
     (lambda: IWAE(0), "num_particles", 0),
-    (lambda: IWAE("5"), "num_particles", 5),  # type: ignore[arg-type]
+    (lambda: IWAE("5"), "num_particles", "'5'"),  # type: ignore[arg-type]
     (lambda: Renyi(0.5, 0), "num_particles", 0),
     (lambda: CIWAE(0.5, 0), "num_particles", 0),
     (lambda: TVO(3, 0), "num_particles", 0),
@@ -269,11 +271,18 @@ INVALID = [
     (lambda: Capacity(warmup=-1), "warmup", -1),
     (lambda: AnnealedKL(unit="epochs").beta(3), "unit", "epochs"),
     (lambda: Capacity(unit="epochs").target(3), "unit", "epochs"),
+    (lambda: AnnealedKL(unit="epoch"), "unit", "'epoch'"),  # type: ignore[arg-type]
+    (lambda: Capacity(unit="step"), "unit", "'step'"),  # type: ignore[arg-type]
+    (lambda: Renyi("a"), "alpha", "'a'"),  # type: ignore[arg-type]
+    (lambda: AnnealedKL(warmup=None), "warmup", None),  # type: ignore[arg-type]
+    (lambda: IWAE(5, DReG), "gradient", DReG),  # type: ignore[arg-type]
+    (lambda: AnnealedKL(ELBO), "objective", ELBO),  # type: ignore[arg-type]
 ]
 REFUSED = [
     (lambda: FreeBits(IWAE(5)), "FreeBits.objective", "IWAE"),
     (lambda: FreeBits(AnnealedKL(TVO())), "FreeBits.objective", "TVO"),
     (lambda: Capacity(MIWAE(2, 2)), "Capacity.objective", "MIWAE"),
+    (lambda: Capacity(AnnealedKL(FreeBits())), "Capacity.objective", "FreeBits"),
     (lambda: FreeBits(ELBO(gradient=DReG())), "FreeBits.objective.gradient", "DReG"),
     (lambda: FreeBits(AnnealedKL(ELBO(gradient=DReG()))), "FreeBits.objective.gradient", "DReG"),
     (lambda: FreeBits(ELBO(gradient=ScoreFunction(False))), "FreeBits.objective.gradient", "ScoreFunction"),
@@ -305,11 +314,11 @@ def test_refusals(
 def test_every_bound_and_shape_with_every_gradient() -> None:
     """Each pair is built or refused; only free bits refuse any of these."""
     for gradient in (Pathwise(), STL(), DReG(), ScoreFunction(), ScoreFunction(False)):
-        for bound in BOUNDS:
+        for bound in options.choices(Bound).values():
             built = bound(gradient=gradient)
             assert built.gradient is gradient
             assert Beta(built, 2.0).gradient is gradient
-        for shape in SHAPES:
+        for shape in options.choices(Shape).values():
             if shape is FreeBits and not gradient.allows_gain_per_dimension:
                 with pytest.raises(Refused):
                     shape(ELBO(gradient=gradient))

@@ -317,3 +317,18 @@ def test_one_gain_for_all_sites_is_kept_through_nested_shapes(gradient: Any) -> 
         terms
     )
     assert shaped.gain == -3.0 * 0.5 * 2.0
+
+
+def test_annealing_and_a_capacity_nest_in_either_order() -> None:
+    """β charges the constraint ``γ |KL - C|`` as a whole, below and above C."""
+    for rate in (0.44, 2.0):
+        one = np.ones((1, 1))
+        terms = Terms(0 * one, {"z": Site(0 * one, rate * one)}, step=5)
+        charges = [
+            -shape.shape_all(terms).log_weight.item()
+            for shape in (
+                AnnealedKL(Capacity(ELBO(), 1.0, 10.0, 0, STEPS), 10, unit=STEPS),
+                Capacity(AnnealedKL(ELBO(), 10, unit=STEPS), 1.0, 10.0, 0, STEPS),
+            )
+        ]
+        assert charges == pytest.approx([0.5 * 10.0 * abs(rate - 1.0)] * 2)
