@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, compare, report, list, demo.
+"""The command line: train, evaluate, diagnose, compare, report, list, demo.
 
 The options are the fields of dataclasses, those of the models, objectives, gradients and shapes among them
 (:mod:`elbozoo.options`); their help is the docstrings'.
@@ -32,7 +32,19 @@ from elbozoo import options
 from elbozoo._version import __version__
 from elbozoo.benchmarks import datasets
 from elbozoo.guides import Family
-from elbozoo.inference import ELBO, IWAE, Adam, AnnealedKL, ElbozooError, FreeBits, Objective, Run, fit, storage
+from elbozoo.inference import (
+    ELBO,
+    IWAE,
+    Adam,
+    AnnealedKL,
+    ElbozooError,
+    FreeBits,
+    Objective,
+    Run,
+    diagnose,
+    fit,
+    storage,
+)
 from elbozoo.inference.data import Binarize
 from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.evaluation import Evaluation, PerDatum, evaluate
@@ -255,10 +267,7 @@ class Measuring:
             whole_number("--num-data", self.num_data)
         found = Measured({}, {}, {}, {})
         for folder, run in runs.items():
-            name = self.data or run.config.get("dataset")
-            if name is None:
-                condition = "be given for a run that `elbozoo train` did not make"
-                raise must("--data", condition, "nothing", f"Add --data {DATA}")
+            name = dataset_of(run, self.data)
             if name == run.config.get("dataset") and name.endswith(".npy"):
                 say(f"{folder}: measured on its training data; --data takes another file.")
             images = Data.read(name, self.data_dir).test[: self.num_data]
@@ -364,6 +373,52 @@ class Evaluate(Measuring):
     def __call__(self, command: str) -> None:
         (found,) = self.measure(load([self.run])).evaluations.values()
         out.print_json(json.dumps(found.summary())) if self.json else out.print(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnose:
+    """Say whether a run is stuck, and why: a verdict in words, with the figures in diagnosis.json.
+
+    Args:
+        run: a run folder.
+        data: a data set by name (its test images) or an .npy file; what the run was trained on if left out.
+        data_dir: folder with the data sets' files; else ELBOZOO_DATA, else a cache into which they are fetched.
+        num_particles: importance samples a datum, K of the NLL.
+        num_data: diagnose on the first so many data only.
+        seed: fixes the draws.
+        out: the JSON file; diagnosis.json in the run folder if left out.
+    """
+
+    run: Folder
+    data: Annotated[str | None, left_out(DATA)] = None
+    data_dir: Annotated[Path | None, left_out("FOLDER")] = None
+    num_particles: int = 1000
+    num_data: int = 1000
+    seed: int = 0
+    out: Annotated[Path | None, left_out("FILE.json")] = None
+
+    def __call__(self, command: str) -> None:
+        whole_number("--num-data", self.num_data, 2)
+        ((folder, run),) = load([self.run]).items()
+        data = Data.read(dataset_of(run, self.data), self.data_dir)
+        settings = {name: getattr(self, name) for name in ("num_particles", "num_data", "seed")}
+        found = diagnose(run, data.test[: self.num_data], **settings, progress=out.is_terminal)
+        out.print(found.evaluation)
+        for sentence in found.verdict:
+            lines = textwrap.fill(sentence, min(out.width, 100), initial_indent="• ", subsequent_indent="  ")
+            out.print(lines, markup=False)
+        path = self.out or folder / "diagnosis.json"
+        storage.save_json(path, {"data": data.name, "settings": settings, **found.summary()})
+        say(f"Figures: {path}")
+
+
+def dataset_of(run: Run, data: str | None) -> str:
+    """The data to measure a run on: those asked for, else those that it was trained on."""
+    name = data or run.config.get("dataset")
+    if name is None:
+        condition = "be given for a run that `elbozoo train` did not make"
+        raise must("--data", condition, "nothing", f"Add --data {DATA}")
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -489,7 +544,8 @@ class Demo:
         report.write(measured)
 
 
-COMMANDS = {"train": Train, "evaluate": Evaluate, "compare": Compare, "report": Report, "list": List, "demo": Demo}
+COMMANDS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "diagnose": Diagnose, "compare": Compare}
+COMMANDS |= {"report": Report, "list": List, "demo": Demo}
 
 
 def parser() -> Any:

@@ -3,9 +3,11 @@
 if __name__ == "inference":
     raise ImportError("inference must be a part of elbozoo; got the bare name. Write `import elbozoo.inference`.")
 
+from elbozoo.inference.diagnosis import Diagnosis, diagnose
 from elbozoo.inference.errors import CorruptFile, ElbozooError, InvalidArgument, NonFinite, Refused
 from elbozoo.inference.evaluation import Evaluation, evaluate
 from elbozoo.inference.gradients import STL, DReG, GradientEstimator, Pathwise, ScoreFunction
+from elbozoo.inference.information import Bottleneck, bottleneck
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Bound, Objective, Renyi
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.posterior import to_arviz
@@ -24,10 +26,12 @@ __all__ = [
     "Adam",
     "AnnealedKL",
     "Beta",
+    "Bottleneck",
     "Bound",
     "Capacity",
     "CorruptFile",
     "DReG",
+    "Diagnosis",
     "ElbozooError",
     "Evaluation",
     "FreeBits",
@@ -43,6 +47,8 @@ __all__ = [
     "Shape",
     "Site",
     "Terms",
+    "bottleneck",
+    "diagnose",
     "evaluate",
     "fit",
     "to_arviz",

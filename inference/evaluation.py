@@ -198,8 +198,8 @@ def _chunk(terms: Terms) -> dict[str, Any]:
         out["rate"][name] = site.sampled_rate
         if site.rate_terms is not None:
             out["dimension"][name] = site.rate_terms.sum(axis=0)
-        if terms.log_lik.ndim == 2 and not terms.joint:
-            z = terms.values[name]
+        z = terms.values[name]
+        if terms.log_lik.ndim == 2 and not terms.joint and z.shape[1:2] == terms.log_lik.shape[1:]:
             z = 1.0 * z.reshape((z.shape[0], z.shape[1], -1))
             mean = z.mean(axis=0)
             out["mean"][name], out["square"][name] = mean, ((z - mean) ** 2).sum(axis=0)

@@ -50,7 +50,7 @@ class GradientEstimator(ABC):
     def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
         """A function of ``terms`` whose gradient is the estimate."""
 
-    def check_terms(self, terms: Terms) -> None:
+    def check_terms(self, bound: Bound, terms: Terms) -> None:
         """Refuse sites that this estimator cannot serve, at the first step.
 
         Default: every site must be reparameterised.
@@ -113,6 +113,21 @@ class DReG(GradientEstimator):
 
     allows_gain_per_dimension = False
 
+    def check_terms(self, bound: Bound, terms: Terms) -> None:
+        super().check_terms(bound, terms)
+        if bound.linear:  # no score is reparameterised
+            return
+        for name, site in terms.sites.items():
+            if not site.plain:
+                raise must(
+                    f"site '{name}' under DReG",
+                    "have no scale or mask but that of the plates that all sites share: its score has another weight",
+                    "one of its own",
+                    "Use gradient=Pathwise(), or ELBO(gradient=STL())",
+                    Refused,
+                )
+        refuse_point_masses("DReG", terms)
+
     def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
         log_weight = stop_gradient(terms.log_weight)
         path = bound.weight(log_weight) - terms.gain * bound.curvature(log_weight)
@@ -147,22 +162,39 @@ class ScoreFunction(GradientEstimator):
     def allows_gain_per_dimension(self) -> bool:
         return self.pathwise_where_possible
 
-    def check_terms(self, terms: Terms) -> None:
-        pass
+    def check_terms(self, bound: Bound, terms: Terms) -> None:
+        if not self.pathwise_where_possible:
+            refuse_point_masses("ScoreFunction(pathwise_where_possible=False)", terms)
 
     def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
         log_weight = stop_gradient(terms.log_weight)
         if self.pathwise_where_possible:
-            scored: list[Array] = [s.log_guide for s in terms.sites.values() if not s.reparameterised]
+            sites = [s for s in terms.sites.values() if not s.reparameterised]
+            scored: list[Array] = [s.log_guide if s.score is None else s.score for s in sites]
             rest = Pathwise().surrogate(bound, terms)
         else:
-            scored = list(terms.log_guide_at_stopped_values().values())
+            scored = list(terms.log_guide_at_stopped_values(as_drawn=True).values())
             weight = bound.weight(log_weight)
             rest = weighted(terms, bound.model_bound.weight(log_weight), 0.0 * weight, weight)
         if not scored:
             return rest
         signal = bound.value(log_weight) - leave_one_out(bound, log_weight)
         return rest + (signal * sum(scored[1:], start=scored[0])).sum(axis=0)
+
+
+def refuse_point_masses(estimator: str, terms: Terms) -> None:
+    """A point mass has no score. One that is a function of an auxiliary draw (autoguides make them) needs none."""
+    auxiliary = False
+    for name, site in terms.sites.items():
+        auxiliary |= site.auxiliary
+        if site.guide_family == "Delta" and not auxiliary:
+            raise must(
+                f"site '{name}' under {estimator}",
+                "have a density to take the score of",
+                "a Delta",
+                "Use gradient=Pathwise()",
+                Refused,
+            )
 
 
 def leave_one_out(bound: Bound, log_weight: LogWeight) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 import numpyro
 from jax import random
 from jax.lax import stop_gradient
-from numpyro.distributions import Independent
+from numpyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
 from numpyro.distributions.kl import kl_divergence
 from numpyro.handlers import block, replay, seed, substitute, trace
 from numpyro.handlers import seed as seed_handler
@@ -28,7 +28,7 @@ from numpyro.primitives import mutable as mutable_site
 from numpyro.util import check_model_guide_match
 
 from elbozoo.inference.arrays import plates_first
-from elbozoo.inference.errors import InvalidArgument, must
+from elbozoo.inference.errors import InvalidArgument, Refused, must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.terms import Site, Terms
 from elbozoo.inference.weights import from_torch_layout, to_torch_layout
@@ -69,7 +69,29 @@ class _Layout:
     scale: float  # their size / subsample size
     joint: bool  # some site lies outside a plate that another site is in
     data_per_entry: float
-    sites: dict[str, tuple[bool, str]]  # reparameterised?, family
+    sites: dict[str, dict[str, Any]]  # a site's facts, by attribute of Site
+    control_flow: bool = False
+
+
+class _SeesControlFlow(Messenger):
+    """Notes whether a guide has a ``scan`` or a ``cond``."""
+
+    seen = False
+
+    def process_message(self, msg: Any) -> None:
+        self.seen |= msg["type"] == "control_flow"
+
+
+def _refuse_control_flow(layout: _Layout) -> None:
+    """Inside a ``scan`` a guide that is run again draws anew, and its densities are not those of the drawn values."""
+    if layout.control_flow:
+        raise must(
+            "guide",
+            "draw its sites outside of scan and cond, for a gradient that runs it again",
+            "one with control flow",
+            "Use gradient=Pathwise(), or write the loop out",
+            Refused,
+        )
 
 
 def _samples(tr: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +114,12 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
     joint = unshared or bool(latent & observed - shared)
     data_per_entry = 1.0 if shared else _data_size(model_trace)
     sites = {
-        n: (bool(s["is_observed"] or s["fn"].has_rsample), type(_strip(s["fn"])[0]).__name__)
+        n: {
+            "reparameterised": bool(s["is_observed"] or s["fn"].has_rsample),
+            "plain": _is_plain(s, scale),
+            "auxiliary": n not in model_trace,
+            "guide_family": type(_strip(s["fn"])[0]).__name__,
+        }
         for n, s in _samples(guide_trace).items()
     }
     return _Layout(tuple(sorted(f.dim for f in shared)), scale, joint, data_per_entry, sites)
@@ -119,6 +146,32 @@ def _strip(fn: Any) -> tuple[Any, int]:
     while isinstance(fn, Independent):
         fn, count = fn.base_dist, count + fn.reinterpreted_batch_ndims
     return fn, count
+
+
+def _unmasked(fn: Any) -> Any:
+    """The distribution without its masks; itself where it has none."""
+    if isinstance(fn, MaskedDistribution):
+        return _unmasked(fn.base_dist)
+    if isinstance(fn, Independent | ExpandedDistribution):
+        base = _unmasked(fn.base_dist)
+        if base is not fn.base_dist:
+            count = fn.reinterpreted_batch_ndims if isinstance(fn, Independent) else 0
+            return base.to_event(count) if count else base.expand(fn.batch_shape)
+    return fn
+
+
+def _is_plain(site: Any, scale: float) -> bool:
+    """No scale but the shared plates', and no mask."""
+    own = 1.0 if site["scale"] is None else site["scale"]
+    return isinstance(own, float | int) and own == scale and _unmasked(site["fn"]) is site["fn"]
+
+
+def _score(site: Any, layout: _Layout) -> jax.Array:
+    """The log density of the value as it was drawn, ``(*P)``: no scale, no mask."""
+    if _is_plain(site, layout.scale):
+        return _log_prob(site, layout)[0].sum(axis=-1)
+    log_prob = _unmasked(site["fn"]).log_prob(site["value"])
+    return plates_first(log_prob, log_prob.ndim, layout.dims).sum(axis=-1)
 
 
 def _log_prob(site: Any, layout: _Layout) -> tuple[jax.Array, bool]:
@@ -150,6 +203,11 @@ def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout) -> dict[str,
     if scale is not guide_scale and not (
         isinstance(scale, float | int) and isinstance(guide_scale, float | int) and scale == guide_scale
     ):
+        return {}
+    masks = [f.__dict__.get("_mask") for f in (guide_site["fn"], model_site["fn"]) if _unmasked(f) is not f]
+    if masks and (len(masks) == 1 or masks[0] is None or masks[0] is not masks[1]):
+        return {}
+    if type(q).__name__ == "Kumaraswamy":  # NumPyro cuts the series off, and may be negative
         return {}
     try:
         kl = kl_divergence(q, p)
@@ -199,6 +257,8 @@ def _site(name: str, guide_trace: Any, model_trace: Any, layout: _Layout, analyt
         return {"log_guide": log_guide, "log_prior": jnp.zeros_like(log_guide)}
     prior_terms, prior_factors = _log_prob(prior, layout)
     arrays = {"log_guide": log_guide, "log_prior": prior_terms.sum(axis=-1)}
+    if not layout.sites[name]["plain"] and not layout.sites[name]["reparameterised"]:
+        arrays["score"] = _score(site, layout)
     if guide_factors and prior_factors and guide_terms.shape == prior_terms.shape:
         arrays |= {"log_prior_terms": prior_terms, "log_guide_terms": guide_terms}
     return arrays | kl
@@ -214,7 +274,7 @@ def _check_match(model_trace: Any, guide_trace: Any) -> None:
                 f"Add numpyro.sample('{name}', …) to the guide",
             )
     for name, site in _samples(guide_trace).items():
-        if site["is_observed"] or site["infer"].get("is_auxiliary"):
+        if site["infer"].get("is_auxiliary") or (site["is_observed"] and name not in model_trace):
             continue
         if name not in model_trace:
             raise must(
@@ -223,7 +283,7 @@ def _check_match(model_trace: Any, guide_trace: Any) -> None:
                 f"'{name}'",
                 "Mark an auxiliary site with infer={'is_auxiliary': True}",
             )
-        if model_trace[name]["is_observed"]:
+        if site["is_observed"] or model_trace[name]["is_observed"]:
             raise must(
                 "guide",
                 "draw only latent sites of the model",
@@ -263,13 +323,14 @@ def particles(
     model, guide = seed(model, plate_key, hide_types=hide), seed(guide, plate_key, hide_types=hide)
     keys = random.split(key, num_particles)
     layouts: list[_Layout] = []
+    control_flow = _SeesControlFlow()
 
     def traces(
         key: jax.Array, guide_params: Params, values: Mapping[str, jax.Array] | None
     ) -> tuple[Any, Any, dict[str, Any]]:
         model_seed, guide_seed = random.split(key)
         handler = _StopUnreparameterised() if values is None else _Assign(values)
-        with handler:
+        with handler, control_flow:
             guide_trace = trace(substitute(seed(guide, guide_seed), data=guide_params)).get_trace(*args, **kwargs)
         mutable = {n: s["value"] for n, s in guide_trace.items() if s["type"] == "mutable"}
         bound_model = substitute(replay(seed(model, model_seed), guide_trace), data={**params, **mutable})
@@ -280,7 +341,7 @@ def particles(
     def first(key: jax.Array) -> dict[str, Any]:
         model_trace, guide_trace, mutable = traces(key, params, None)
         _check_match(model_trace, guide_trace)
-        layouts.append(_layout(model_trace, guide_trace))
+        layouts.append(replace(_layout(model_trace, guide_trace), control_flow=control_flow.seen))
         arrays = _site_arrays(guide_trace, model_trace, layouts[-1], analytic_kl)
         values = {n: s["value"] for n, s in _samples(guide_trace).items() if not s["is_observed"]}
         ndims = {n: guide_trace[n]["fn"].event_dim for n in values}
@@ -296,11 +357,12 @@ def particles(
         model_trace, guide_trace, _ = traces(key, stop_gradient(params), values)
         return _site_arrays(guide_trace, model_trace, layout, False)
 
-    def score(key: jax.Array, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    def score(key: jax.Array, values: Mapping[str, jax.Array], as_drawn: bool) -> dict[str, jax.Array]:
         with _Assign(stop_gradient(values)):
             guide_seed = random.split(key)[1]
             guide_trace = trace(substitute(seed(guide, guide_seed), data=params)).get_trace(*args, **kwargs)
-        return {n: _log_prob(s, layout)[0].sum(axis=-1) for n, s in _samples(guide_trace).items()}
+        density = _score if as_drawn else lambda site, layout: _log_prob(site, layout)[0].sum(axis=-1)
+        return {n: density(s, layout) for n, s in _samples(guide_trace).items()}
 
     event_ndims: dict[str, int] = {}
     each = _vectorizer(vectorize, num_particles)
@@ -309,6 +371,7 @@ def particles(
     values = out["values"]
 
     def refreeze(ratio: jax.Array | None) -> Terms:
+        _refuse_control_flow(layout)
         frozen = (
             each(partial(again, ratio=None), keys, values)
             if ratio is None
@@ -316,7 +379,11 @@ def particles(
         )
         return _terms(frozen, layout, step, values)
 
-    terms = replace(_terms(out, layout, step, values), refreeze=refreeze, redraw=lambda: each(score, keys, values))
+    def redraw(others: Mapping[str, jax.Array] | None, as_drawn: bool) -> dict[str, jax.Array]:
+        _refuse_control_flow(layout)
+        return each(partial(score, as_drawn=as_drawn), keys, values if others is None else others)
+
+    terms = replace(_terms(out, layout, step, values), refreeze=refreeze, redraw=redraw)
     return terms, jax.tree.map(lambda x: x[0], out["mutable"])
 
 
@@ -331,10 +398,7 @@ def _vectorizer(vectorize: bool | Callable, num_particles: int) -> Callable:
 
 
 def _terms(out: dict[str, Any], layout: _Layout, step: Any, values: Mapping[str, jax.Array]) -> Terms:
-    sites = {
-        n: Site(**a, reparameterised=layout.sites[n][0], guide_family=layout.sites[n][1])
-        for n, a in out["sites"].items()
-    }
+    sites = {n: Site(**a, **layout.sites[n]) for n, a in out["sites"].items()}
     observed = out["observed"]
     like = next(iter([*(s.rate for s in sites.values()), *observed.values()]), None)
     if like is None:
@@ -618,6 +682,21 @@ class Program:
 
             cache[key] = jax.jit(compute)
         return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args))
+
+    def log_guide(self, values: Mapping[str, np.ndarray], args: tuple) -> dict[str, np.ndarray]:
+        """``log q(z | x)`` by site, ``(K, *P)``, of given latents ``(K, …)`` on the data ``args``, nats."""
+        cache = self.__dict__.setdefault("_compiled", {})
+        num_particles = len(next(iter(values.values())))
+        if (key := ("log_guide", num_particles)) not in cache:
+
+            def compute(params: Params, values: Any, args: tuple) -> Any:
+                terms, _ = particles(
+                    random.key(0), params, self.model_fn, self.guide_fn, args, num_particles=num_particles
+                )
+                return terms.log_guide_at(values)
+
+            cache[key] = jax.jit(compute)
+        return jax.tree.map(np.asarray, cache[key](self._all_params(), dict(values), args))
 
     def predict(
         self,

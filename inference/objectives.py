@@ -16,7 +16,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 
@@ -71,7 +71,9 @@ class Objective(ABC):
 
 
 class Bound(Objective):
-    """A bound that is a function ``F`` of the log weights."""
+    """A bound that is a function ``F`` of the log weights; ``linear`` says whether ``F`` is."""
+
+    linear: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         whole_number("num_particles", self.num_particles)
@@ -102,7 +104,7 @@ class Bound(Objective):
 
     def check(self, terms: Terms) -> None:
         super().check(terms)
-        self.gradient.check_terms(terms)
+        self.gradient.check_terms(self, terms)
         # Python's own "once" is reset whenever a library touches the filters.
         seen = vars(self).setdefault("_warned", set())
         if terms.joint and self.num_particles > 1 and not isinstance(self, ELBO) and tuple(terms.sites) not in seen:
@@ -137,6 +139,7 @@ class ELBO(Bound):
     References: Kingma & Welling 2014 (arXiv 1312.6114), eqs. 3, 7; Rezende et al. 2014 (arXiv 1401.4082).
     """
 
+    linear: ClassVar[bool] = True
     num_particles: int = 1
     gradient: GradientEstimator = field(default_factory=Pathwise)
     analytic_kl: bool = True
@@ -149,10 +152,10 @@ class ELBO(Bound):
         return log_weight.mean(axis=0)
 
     def weight(self, log_weight: LogWeight) -> LogWeight:
-        return 0.0 * log_weight + 1.0 / log_weight.shape[0]
+        return log_weight.clip(0.0, 0.0) + 1.0 / log_weight.shape[0]  # not 0 l, which is nan at a weight of zero
 
     def curvature(self, log_weight: LogWeight) -> LogWeight:
-        return 0.0 * log_weight
+        return log_weight.clip(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -286,6 +289,8 @@ class CIWAE(Bound):
 
     def value(self, log_weight: LogWeight) -> PerDatum:
         iwae = logsumexp(log_weight) - math.log(log_weight.shape[0])
+        if self.beta in (0.0, 1.0):  # 0 times an infinity is nan
+            return log_weight.mean(axis=0) if self.beta else iwae
         return self.beta * log_weight.mean(axis=0) + (1.0 - self.beta) * iwae
 
     def weight(self, log_weight: LogWeight) -> LogWeight:
@@ -358,7 +363,10 @@ class TVO(Bound):
         return [(a, b - a) for a, b in itertools.pairwise(points)]
 
     def value(self, log_weight: LogWeight) -> PerDatum:
-        return sum(width * (softmax(b * log_weight) * log_weight).sum(axis=0) for b, width in self._intervals())
+        (_, first), *rest = self._intervals()  # at b = 0 the weights are equal, whatever l is
+        finite = log_weight.clip(-3e38, 3e38)  # above it a particle of l = -inf has no weight, and counts 0
+        slopes = (width * (softmax(b * log_weight) * finite).sum(axis=0) for b, width in rest)
+        return sum(slopes, start=first * log_weight.mean(axis=0))
 
     def weight(self, log_weight: LogWeight) -> LogWeight:
         total = 0.0 * log_weight

@@ -114,15 +114,16 @@ def _fit_pareto(excess: Float[np.ndarray, "M B"]) -> Float[np.ndarray, " B"]:
     quartile = np.take_along_axis(excess, (zeros + (count / 4 + 0.5).astype(int) - 1)[None], axis=0)[0]
     grid = 30 + np.sqrt(count).astype(int)  # number of grid points for b = -k/σ, per column
     points = np.arange(1, grid.max() + 1)[:, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         # The paper's grid (its θ): below 1/largest, denser towards it, with the first quartile as the unit of scale.
         b = 1.0 / excess[-1] + (1.0 - np.sqrt(grid / (points - 0.5))) / (3.0 * quartile)
         slope = np.stack([np.log1p(-row * excess).sum(axis=0) for row in b]) / count  # k at each b; a zero adds log 1
         log_profile = count * (np.log(-b / slope) - slope - 1.0)
         log_profile = np.where((points <= grid) & ~np.isnan(log_profile), log_profile, -np.inf)
-        weight = np.exp(log_profile - log_profile.max(axis=0))
+        weight = np.exp(log_profile - np.maximum(log_profile.max(axis=0), np.finfo(float).min))
         weight /= weight.sum(axis=0)
         mean_b = np.where(weight > 0.0, b * weight, 0.0).sum(axis=0)
         k = np.log1p(-mean_b * excess).sum(axis=0) / count
     shrunk = (count * k + _PRIOR_DRAWS * _PRIOR_K) / (count + _PRIOR_DRAWS)
-    return np.where(np.isnan(shrunk), np.inf, shrunk)
+    # No grid point has a profile where the smallest exceedances are 0 to rounding: a tail without end.
+    return np.where(np.isnan(shrunk) | (log_profile.max(axis=0) == -np.inf), np.inf, shrunk)

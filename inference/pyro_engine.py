@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.torch import Independent
 from pyro.infer import ELBO as PyroELBO
 from pyro.infer.autoguide import AutoGuide
@@ -76,9 +77,16 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
     latent, observed = (
         frozenset().union(*(_frames(s) for s in everything if s["is_observed"] is seen)) for seen in (False, True)
     )
-    joint = unshared or bool(latent & observed - shared)
-    data_per_entry = 1.0 if shared else _data_size(model_trace, particle_dims)
+    looped = _looped_size(everything)  # for i in pyro.plate(...): a site a datum, all in one weight
+    joint = unshared or looped > 1 or bool(latent & observed - shared)
+    data_per_entry = 1.0 if shared else max(looped, _data_size(model_trace, particle_dims))
     return _Layout(tuple(sorted(d for _, d, _, _ in shared)), scale, joint, data_per_entry)
+
+
+def _looped_size(sites: list[Any]) -> float:
+    """Entries of the largest plate that a program loops over."""
+    sizes = [float(f.full_size or f.size) for s in sites for f in s["cond_indep_stack"] if not f.vectorized]
+    return max(sizes, default=1.0)
 
 
 def _data_size(model_trace: Any, particle_dims: int) -> float:
@@ -113,6 +121,29 @@ def _scale_and_mask(x: torch.Tensor, site: Any, layout: _Layout, event_ndim: int
     return x * (scale / layout.scale)
 
 
+def _unmasked(fn: Any) -> Any:
+    """The distribution without its masks; itself where it has none."""
+    if isinstance(fn, MaskedDistribution):
+        return _unmasked(fn.base_dist)
+    if isinstance(fn, Independent | torch.distributions.Independent):
+        base = _unmasked(fn.base_dist)
+        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
+    return fn
+
+
+def _is_plain(site: Any, layout: _Layout) -> bool:
+    """No scale but the shared plates', and no mask."""
+    scaled = isinstance(site["scale"], torch.Tensor) or site["scale"] != layout.scale
+    return not scaled and site["mask"] is None and _unmasked(site["fn"]) is site["fn"]
+
+
+def _score(site: Any, layout: _Layout, particle_dim: int | None) -> torch.Tensor:
+    """The log density of the value as it was drawn, ``(K, *P)``: no scale, no mask."""
+    if _is_plain(site, layout):
+        return _log_prob(site, layout, particle_dim)[0].sum(dim=-1)
+    return _lead(_unmasked(site["fn"]).log_prob(site["value"]), 0, layout, particle_dim).sum(dim=-1)
+
+
 def _log_prob(site: Any, layout: _Layout, particle_dim: int | None) -> tuple[torch.Tensor, bool]:
     """Per-dimension log density ``(K, *P, D)``, less the shared plates' scale, and whether it factorises."""
     fn, factors = _strip(site["fn"])
@@ -142,8 +173,11 @@ def _analytic_kl(
     )
     if not same_scale or guide_site["mask"] is not model_site["mask"]:
         return {}
-    # torch's registry has a formula that forgets a Delta's own log density; its sample is exact
-    if isinstance(q, Delta):
+    # torch's registry has formulas that forget a Delta's own log density, a distribution's mask, the support of a
+    # continuous Bernoulli; the samples are exact
+    if isinstance(q, Delta | dist.ContinuousBernoulli) or any(
+        _unmasked(s["fn"]) is not s["fn"] for s in (guide_site, model_site)
+    ):
         return {}
     try:
         kl = kl_divergence(q, p)
@@ -181,7 +215,7 @@ def _check_match(model_trace: Any, guide_trace: Any) -> None:
                 f"Add pyro.sample('{name}', …) to the guide",
             )
     for name, site in guide.items():
-        if site["is_observed"] or site["infer"].get("is_auxiliary"):
+        if site["infer"].get("is_auxiliary") or (site["is_observed"] and name not in model):
             continue
         if name not in model:
             raise must(
@@ -190,7 +224,7 @@ def _check_match(model_trace: Any, guide_trace: Any) -> None:
                 f"'{name}'",
                 "Mark an auxiliary site with infer={'is_auxiliary': True}",
             )
-        if model[name]["is_observed"]:
+        if site["is_observed"] or model[name]["is_observed"]:
             raise must(
                 "guide",
                 "draw only latent sites of the model",
@@ -282,7 +316,7 @@ def _run(
     model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], subsamples: Mapping[str, torch.Tensor]
 ) -> _Run:
     rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in _gpus())]
-    with _Replay(subsamples):
+    with _Replay(subsamples, draw_first=True):  # as a rerun does: random numbers are used up alike
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     nodes: dict[str, Any] = dict(guide_trace.nodes)
     drawn = {n: s["value"] for n, s in nodes.items() if s["type"] == "sample" and site_is_subsample(s)}
@@ -325,7 +359,8 @@ def particles(
     layout = _layout(runs[0].model_trace, runs[0].guide_trace)
 
     def rerun_guide(run: _Run, values: Mapping[str, torch.Tensor]) -> Any:
-        with poutine.block(), _rng_of(run), _Replay({**run.subsamples, **values}, draw_first=True):
+        given = _Replay({**run.subsamples, **values}, draw_first=True)
+        with poutine.block(), _rng_of(run), _kept_buffers(guide_modules), given:
             return poutine.trace(guide).get_trace(*args, **kwargs)
 
     def build(guide_traces: list[Any], kl: bool) -> Terms:
@@ -334,8 +369,14 @@ def particles(
         ]
         return _terms(parts, runs, layout, step)
 
+    hooked: list[bool] = []
+
     def refreeze(ratio: torch.Tensor | None) -> Terms:
         if ratio is not None:
+            if hooked:
+                todo = "Read terms anew for a second gradient"
+                raise must("terms", "be differentiated once", "a second surrogate that rescales their paths", todo)
+            hooked.append(True)
             ratio = ratio.detach()
             for k, run in enumerate(runs):
                 _hook(run, ratio if particle_dim is not None else ratio[k], layout, particle_dim)
@@ -344,12 +385,20 @@ def particles(
                 stack.enter_context(_frozen_parameters(run.guide_trace, guide_modules))
             return build([rerun_guide(r, r.aliases) for r in runs], False)
 
-    def redraw() -> dict[str, torch.Tensor]:
+    def redraw(others: Mapping[str, torch.Tensor] | None, as_drawn: bool) -> dict[str, torch.Tensor]:
         out: dict[str, list[torch.Tensor]] = {}
-        for run in runs:
-            trace = rerun_guide(run, {n: v.detach() for n, v in run.values.items()})
+        for k, run in enumerate(runs):
+            given = run.values
+            if others is not None:
+                given = {
+                    n: (v if particle_dim is not None else v[k]).reshape_as(run.values[n]) for n, v in others.items()
+                }
+            trace = rerun_guide(run, {n: v.detach() for n, v in given.items()})
             for name, site in _samples(trace).items():
-                out.setdefault(name, []).append(_log_prob(site, layout, particle_dim)[0].sum(dim=-1))
+                density = _score(site, layout, particle_dim) if as_drawn else None
+                if density is None:
+                    density = _log_prob(site, layout, particle_dim)[0].sum(dim=-1)
+                out.setdefault(name, []).append(density)
         return {n: torch.cat(v) for n, v in out.items()}
 
     return replace(build([r.guide_trace for r in runs], analytic_kl), refreeze=refreeze, redraw=redraw)
@@ -399,6 +448,8 @@ def _site(
         return {"log_guide": log_guide, "log_prior": torch.zeros_like(log_guide)}
     prior_terms, prior_factors = _log_prob(prior, layout, particle_dim)
     arrays = {"log_guide": log_guide, "log_prior": prior_terms.sum(dim=-1)}
+    if not site["fn"].has_rsample and not _is_plain(site, layout):
+        arrays["score"] = _score(site, layout, particle_dim)
     if guide_factors and prior_factors and guide_terms.shape == prior_terms.shape:
         arrays |= {"log_prior_terms": prior_terms, "log_guide_terms": guide_terms}
     return arrays | kl
@@ -414,7 +465,9 @@ def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step:
     sites = {
         name: Site(
             **{k: join([p["sites"][name][k] for p in parts]) for k in parts[0]["sites"][name]},
-            reparameterised=bool(latent[name]["fn"].has_rsample),
+            reparameterised=bool(latent[name]["is_observed"] or latent[name]["fn"].has_rsample),
+            plain=_is_plain(latent[name], layout),
+            auxiliary=name not in runs[0].model_trace.nodes,
             guide_family=type(_strip(latent[name]["fn"])[0]).__name__,
         )
         for name in parts[0]["sites"]
@@ -472,12 +525,18 @@ def particle_plate(model: Callable, guide: Callable, args: tuple, kwargs: Mappin
 
 @contextmanager
 def _no_effect(modules: list[torch.nn.Module]) -> Iterator[None]:
-    """The random state and the modules' buffers (a batch norm's statistics) are after what they were before."""
-    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    with torch.random.fork_rng(devices=_gpus()):
+    """The random state and the modules' buffers are after what they were before."""
+    with torch.random.fork_rng(devices=_gpus()), _kept_buffers(modules):
         yield
+
+
+@contextmanager
+def _kept_buffers(modules: list[torch.nn.Module]) -> Iterator[None]:
+    """A batch norm's statistics move once a step, however often its guide is run."""
+    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    yield
     for buffer, value in before:
-        buffer.copy_(value)
+        buffer.data.copy_(value)
 
 
 def _nesting(run: _Run) -> int:
@@ -784,6 +843,12 @@ class Program:
                 nesting=self.__dict__.get("_nesting"),
             )
             return _to_numpy(fn(terms))
+
+    def log_guide(self, values: Mapping[str, np.ndarray], args: tuple) -> dict[str, np.ndarray]:
+        """``log q(z | x)`` by site, ``(K, *P)``, of given latents ``(K, …)`` on the data ``args``, nats."""
+        others = dict(zip(values, self._inputs(tuple(values.values())), strict=True))
+        num_particles = len(next(iter(values.values())))
+        return self.apply(lambda terms: dict(terms.log_guide_at(others)), args, num_particles=num_particles)
 
     def predict(
         self,

@@ -28,7 +28,11 @@ class Site:
             asked for, has no closed form, or would be wrong because the model's site depends on a value that the guide
             draws later.
         kl_terms: the same per dimension, ``(K, *P, D)``, where both factorise alike.
+        score: ``log q`` of a value that is not reparameterised as it was drawn, without the scale and the mask that
+            ``log_guide`` has; ``None`` where that is ``log_guide``.
         reparameterised: whether gradients flow through the drawn value.
+        plain: whether the guide's site has no scale or mask of its own (the shared plates' scale is not one).
+        auxiliary: whether the site is the guide's alone.
         gain, offset: the shaped rate is ``gain * rate + offset`` (see :mod:`elbozoo.inference.shapes`); ``gain`` is a
             scalar or one number per dimension ``(D,)``, ``offset`` a scalar per site.
         guide_family: the class name of the guide's distribution, for messages.
@@ -40,7 +44,10 @@ class Site:
     log_guide_terms: Float[Any, "K *P D"] | None = None
     kl: Float[Any, "K *P"] | None = None
     kl_terms: Float[Any, "K *P D"] | None = None
+    score: Float[Any, "K *P"] | None = None
     reparameterised: bool = True
+    plain: bool = True
+    auxiliary: bool = False
     gain: Any = 1.0
     offset: Any = 0.0
     guide_family: str = ""
@@ -94,7 +101,7 @@ class Terms:
         observed: ``log p`` of each observed site, ``(K, *P)``; they sum to ``log_lik``.
         values: the drawn latent values, ``(K, …)``.
         refreeze: engine callback behind :meth:`freeze`.
-        redraw: engine callback behind :meth:`log_guide_at_stopped_values`.
+        redraw: engine callback behind :meth:`log_guide_at`.
     """
 
     log_lik: Float[Any, "K *P"]
@@ -106,7 +113,7 @@ class Terms:
     observed: Mapping[str, Array] = field(default_factory=dict)
     values: Mapping[str, Array] = field(default_factory=dict, repr=False)
     refreeze: Callable[[Array | None], Terms] | None = field(default=None, repr=False)
-    redraw: Callable[[], Mapping[str, Array]] | None = field(default=None, repr=False)
+    redraw: Callable[[Mapping[str, Array] | None, bool], Mapping[str, Array]] | None = field(default=None, repr=False)
 
     @property
     def num_particles(self) -> int:
@@ -123,7 +130,7 @@ class Terms:
     @property
     def rate(self) -> Array:
         """Unshaped rate summed over sites, ``(K, *P)``."""
-        return sum((site.rate for site in self.sites.values()), start=0.0 * self.log_lik)
+        return sum((site.rate for site in self.sites.values()), start=self.log_lik.clip(0.0, 0.0))
 
     @property
     def gain(self) -> Any:
@@ -154,7 +161,18 @@ class Terms:
             {n: s.gain for n, s in self.sites.items()}, {n: s.offset for n, s in self.sites.items()}
         )
 
-    def log_guide_at_stopped_values(self) -> Mapping[str, Array]:
-        """``log q`` by site, ``(K, *P)``, differentiable in the guide's parameters alone (the score)."""
+    def log_guide_at_stopped_values(self, as_drawn: bool = False) -> Mapping[str, Array]:
+        """``log q`` by site, ``(K, *P)``, differentiable in the guide's parameters alone.
+
+        Args:
+            as_drawn: without the scales and masks of the sites: what the score of a draw is the gradient of.
+        """
+        return self._redrawn(None, as_drawn)
+
+    def log_guide_at(self, values: Mapping[str, Array]) -> Mapping[str, Array]:
+        """``log q`` by site, ``(K, *P)``, of other latents ``(K, …)``, not differentiated in them."""
+        return self._redrawn(values, False)
+
+    def _redrawn(self, values: Mapping[str, Array] | None, as_drawn: bool) -> Mapping[str, Array]:
         assert self.redraw is not None, "these terms were not made by an engine"
-        return self.redraw()
+        return self.redraw(values, as_drawn)

@@ -572,3 +572,15 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert isinstance(Run.load("d/free-bits").objective, FreeBits)
     page = (tmp_path / "d" / "report.html").read_text()
     assert len(images(page)) == 2 + 2 * len(names)
+
+
+def test_diagnose(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A verdict in words; the same and its figures as JSON."""
+    for folder in folders.values():
+        assert run(f"diagnose '{folder}' --num-data 40 --num-particles 20 --out '{tmp_path / 'd.json'}'") == 0
+        text = " ".join(capsys.readouterr().out.split())
+        found = json.loads((tmp_path / "d.json").read_text())
+        assert found["bottleneck"]["num_data"] == 40
+        assert all(" ".join(sentence.split())[:60] in text for sentence in found["verdict"])
+        assert f"{found['evaluation']['nll']:.3f}" in text
+    assert run("diagnose nowhere") == 2

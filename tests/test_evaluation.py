@@ -529,3 +529,10 @@ def test_ties_with_the_threshold_are_not_in_the_tail() -> None:
     log_weight = np.round(np.random.default_rng(4).normal(size=(900, 8)), 1)
     expected = [arviz.psislw(column.copy())[1] for column in log_weight.T]
     np.testing.assert_allclose(pareto_k(log_weight), np.ravel(expected), rtol=1e-9)
+
+
+def test_weights_without_a_usable_tail_are_never_called_good() -> None:
+    """Log weights of standard deviation 1000: one draw holds everything, and the quartile underflows."""
+    from elbozoo.inference.psis import pareto_k
+
+    assert pareto_k(1000.0 * np.random.default_rng(0).normal(size=(1000, 300))).min() > 1.0

@@ -16,8 +16,9 @@ import numpy as np
 import oracles
 import pytest
 from oracles import BOTTOM_UP, CONTINUOUS_FIRST, DISCRETE, DISCRETE_FIRST, ONE_SITE, TOP_DOWN, Toy
+from scipy import stats
 
-from elbozoo.inference.errors import Refused
+from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.gradients import STL, DReG, Pathwise, ScoreFunction, leave_one_out
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Objective, Renyi
 from elbozoo.inference.shapes import Beta
@@ -270,3 +271,159 @@ def test_non_reparameterised_site_is_refused(engine: str, gradient: Any) -> None
     )
     with pytest.raises(Refused, match=message):
         oracles.estimates(engine, DISCRETE, [IWAE(2, gradient)], 10)
+
+
+# --- scales, masks, point masses, loops ----------------------------------------------------------------------------
+
+
+def gradient_of(engine: str, objective: Any, model: Any, guide: Any, start: float, seeds: int) -> np.ndarray:
+    """The gradient of minus the loss in the parameter ``a``, one for each seed."""
+    if engine == "numpyro":
+        import jax
+
+        from elbozoo.inference.numpyro_engine import Loss
+
+        def one(seed: Any) -> Any:
+            return jax.grad(lambda a: -Loss(objective).loss(jax.random.key(seed), {"a": a}, model, guide))(start)
+
+        return np.asarray(oracles.compiled(jax.vmap(one))(np.arange(seeds)))
+    import pyro
+
+    from elbozoo.inference.pyro_engine import Loss
+
+    found = []
+    for seed in range(seeds):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        Loss(objective).loss_and_grads(model, guide)
+        found.append(-float(pyro.param("a").unconstrained().grad))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("how", ["scaled", "masked"])
+@pytest.mark.parametrize("analytic", [True, False], ids=["analytic", "sampled"])
+def test_a_score_is_of_the_draw_whatever_its_scale(engine: str, how: str, analytic: bool) -> None:
+    """A scale or a mask weighs what a draw is charged, and not how probable it was: enumerated over a coin."""
+    lib, start = oracles.library(engine), 0.4
+    if engine == "numpyro":
+        from numpyro import handlers
+    else:
+        from pyro import poutine as handlers
+    charged = 0.3 if how == "scaled" else 0.0
+
+    def weighed() -> Any:
+        return handlers.scale(scale=0.3) if how == "scaled" else handlers.mask(mask=False)
+
+    def model() -> None:
+        with weighed():
+            z = lib.sample("z", lib.dist.Bernoulli(lib.array(0.5)))
+        lib.sample("x", lib.dist.Normal(2.0 * z, 1.0), obs=lib.array(1.5))
+
+    def guide() -> None:
+        a = lib.param("a", lib.array(start))
+        with weighed():
+            lib.sample("z", lib.dist.Bernoulli(logits=a))
+
+    def bound(a: float) -> float:
+        q = 1 / (1 + np.exp(-a))
+        log_lik = stats.norm.logpdf(1.5, [0.0, 2.0])
+        return sum(p * (ll - charged * np.log(p / 0.5)) for p, ll in zip((1 - q, q), log_lik, strict=True))
+
+    want = (bound(start + 1e-5) - bound(start - 1e-5)) / 2e-5
+    objective = ELBO(40, ScoreFunction(), analytic_kl=analytic)
+    found = gradient_of(engine, objective, model, guide, start, 200 if engine == "numpyro" else 60)
+    assert found.mean() == pytest.approx(want, abs=4 * stats.sem(found))
+    assert 4 * stats.sem(found) < 0.5 * abs(want), "the test must be able to fail"
+
+
+@pytest.mark.parametrize("gradient", [DReG(), ScoreFunction(False)], ids=lambda g: type(g).__name__)
+def test_a_point_mass_that_is_learned_has_no_score(engine: str, gradient: Any) -> None:
+    lib = oracles.library(engine)
+
+    def model() -> None:
+        z = lib.sample("z", lib.dist.Normal(lib.array(0.0), 1.0))
+        lib.sample("x", lib.dist.Normal(z, 1.0), obs=lib.array(1.5))
+
+    def guide() -> None:
+        lib.sample("z", lib.dist.Delta(lib.param("a", lib.array(0.4))))
+
+    with pytest.raises(Refused, match=r"site 'z' under .* must have a density to take the score of; got a Delta"):
+        gradient_of(engine, IWAE(2, gradient), model, guide, 0.4, 1)
+
+
+def test_doubly_reparameterised_refuses_a_scale_of_its_own(engine: str) -> None:
+    lib = oracles.library(engine)
+    if engine == "numpyro":
+        from numpyro import handlers
+    else:
+        from pyro import poutine as handlers
+
+    def model() -> None:
+        with handlers.scale(scale=0.3):
+            z = lib.sample("z", lib.dist.Normal(lib.array(0.0), 1.0))
+        lib.sample("x", lib.dist.Normal(z, 1.0), obs=lib.array(1.5))
+
+    def guide() -> None:
+        a = lib.param("a", lib.array(0.4))
+        with handlers.scale(scale=0.3):
+            lib.sample("z", lib.dist.Normal(a, 1.0))
+
+    with pytest.raises(Refused, match=r"site 'z' under DReG must have no scale or mask"):
+        gradient_of(engine, IWAE(2, DReG()), model, guide, 0.4, 1)
+    gradient_of(engine, ELBO(2, DReG()), model, guide, 0.4, 1)  # no score is reparameterised
+
+
+@pytest.mark.numpyro
+@pytest.mark.filterwarnings("ignore:IWAE. a sample site lies outside")
+def test_a_guide_with_a_scan_is_not_run_again() -> None:
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro.contrib.control_flow import scan
+
+    def chain(a: Any) -> Any:
+        def step(z: Any, _: Any) -> Any:
+            z = numpyro.sample("z", dist.Normal(a * z, 1.0))
+            return z, z
+
+        return scan(step, jnp.zeros(()), jnp.arange(3))[1]
+
+    def model() -> None:
+        numpyro.sample("x", dist.Normal(chain(0.5), 1.0).to_event(1), obs=jnp.ones(3))
+
+    def guide() -> None:
+        chain(numpyro.param("a", 0.4))
+
+    for gradient in (STL(), DReG(), ScoreFunction(False)):
+        with pytest.raises(Refused, match="guide must draw its sites outside of scan"):
+            gradient_of("numpyro", IWAE(2, gradient), model, guide, 0.4, 1)
+    assert np.isfinite(gradient_of("numpyro", IWAE(2), model, guide, 0.4, 2)).all()
+
+
+def test_a_guide_that_observes_a_site_of_the_model_is_refused(engine: str) -> None:
+    lib = oracles.library(engine)
+
+    def model() -> None:
+        y = lib.sample("y", lib.dist.Normal(lib.array(0.0), 1.0), obs=lib.array(0.3))
+        z = lib.sample("z", lib.dist.Normal(y, 1.0))
+        lib.sample("x", lib.dist.Normal(z, 1.0), obs=lib.array(1.5))
+
+    def guide() -> None:
+        a = lib.param("a", lib.array(0.4))
+        lib.sample("y", lib.dist.Normal(a, 1.0), obs=lib.array(0.3))
+        lib.sample("z", lib.dist.Normal(a, 1.0))
+
+    with pytest.raises(
+        InvalidArgument, match="guide must draw only latent sites of the model; got the observed site 'y'"
+    ):
+        gradient_of(engine, ELBO(), model, guide, 0.4, 1)
+
+
+def test_bounds_of_particles_of_zero_weight() -> None:
+    """``-inf`` where the bound is, and a number where it is one; never nan."""
+    l = np.array([[-np.inf], [0.0], [1.0]])
+    iwae = np.log((1 + np.e) / 3)
+    assert CIWAE(0.0, 3).value(l) == pytest.approx(iwae)
+    assert CIWAE(1.0, 3).value(l) == TVO(2, 3).value(l) == ELBO(3).value(l) == -np.inf
+    np.testing.assert_allclose(ELBO(3).weight(l), 1 / 3)
+    np.testing.assert_array_equal(ELBO(3).curvature(l), 0.0)
