@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from rich.progress import Progress
-from scipy import stats
+from scipy.special import stdtrit
 
 from elbozoo.inference.arrays import logsumexp
 from elbozoo.inference.data import prepare
@@ -107,9 +107,10 @@ def bottleneck(
         progress: show a progress bar.
 
     Returns: a :class:`Bottleneck`; nats per datum.
-    Raises: InvalidArgument for bad data, fewer than two data, or a site outside the data plate; NonFinite for densities
-        that are nan or infinite, or where the identity above or its bounds do not hold: then the guide's densities
-        depend on more than their own datum (batch normalisation in training mode does that).
+    Raises: InvalidArgument for bad data, fewer than two data, a site outside the data plate or with another plate to
+        the left of it; NonFinite for densities that are nan or infinite, or where the identity above or its bounds do
+        not hold: then the guide's densities depend on more than their own datum (batch normalisation in training mode
+        does that).
 
     References: Hoffman & Johnson 2016, ELBO surgery; Alemi et al. 2018 (arXiv 1711.00464), rate and distortion; Poole
         et al. 2019 (arXiv 1905.06922), the leave-one-out bound; Lucas et al. 2019 (arXiv 1911.02469), (ε, δ)-collapse.
@@ -125,6 +126,11 @@ def bottleneck(
         todo = "Move every site into the data plate; a latent that all data share has no mutual information with one"
         raise must("program", "have every latent inside its data plate", "one that is not", todo)
     check_plate(drawn["log_lik"], size)
+    for name, z in drawn["values"].items():
+        if z.shape[1:2] != (size,):
+            todo = "Put other plates to the right of the data plate, or into event dims"
+            got = f"shape {z.shape[1:]} for {size} data"
+            raise must(f"site '{name}'", "have the data along its first dim", got, todo)
     weigh(drawn["log_lik"], {n: drawn["log_guide"][n] - p for n, p in drawn["log_prior"].items()})
     log_prior, drawn_log_guide = _total(drawn["log_prior"]), _total(drawn["log_guide"])
     rate = drawn_log_guide - log_prior
@@ -256,7 +262,7 @@ def _check_own(own: np.ndarray, drawn: np.ndarray) -> None:
 
 def _check_identity(information: np.ndarray, marginal_kl: np.ndarray, rate: np.ndarray, size: int) -> None:
     """``0 ≤ I ≤ log M``, ``KL(q(z) || p(z)) ≥ 0`` within Monte Carlo error, and their sum is the rate."""
-    error = stats.t.isf(1e-6, size - 1)  # in standard errors
+    error = -stdtrit(size - 1, 1e-6)  # in standard errors: that quantile of a Student t
     gap = abs(information.mean() + marginal_kl.mean() - rate.mean())
     holds = (
         gap <= 1e-3 * (1 + abs(rate.mean())),  # of densities worked out twice, in single precision
