@@ -115,7 +115,7 @@ class Evaluation:
     @property
     def active_units(self) -> dict[str, int]:
         """By site, how many dimensions have an activity above 0.01."""
-        return {name: int((a > ACTIVE).sum()) for name, a in self.activity.items()}
+        return count_active(self.activity)
 
     @property
     def total_active_units(self) -> int | None:
@@ -232,6 +232,11 @@ def weigh(log_lik: np.ndarray, rates: Mapping[str, np.ndarray]) -> np.ndarray:
         todo = "Look at that site's parameters, and at the history of training"
         raise must("log weights", "be numbers below infinity", f"{log_weight[wrong][0]} from {site}", todo, NonFinite)
     return log_weight
+
+
+def count_active(activity: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """By site, how many dimensions have an activity above 0.01 (Burda et al. 2016)."""
+    return {name: int((a > ACTIVE).sum()) for name, a in activity.items()}
 
 
 class _Moments:

@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 from elbozoo.inference.arrays import logsumexp
 from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import NonFinite, must
-from elbozoo.inference.evaluation import ACTIVE, call_seed, call_size, check_plate, weigh
+from elbozoo.inference.evaluation import call_seed, call_size, check_plate, count_active, weigh
 from elbozoo.inference.parts import number, whole_number
 from elbozoo.inference.terms import Terms
 
@@ -68,7 +68,7 @@ class Bottleneck:
     @property
     def active_units(self) -> dict[str, int]:
         """By site, how many dimensions have an activity above 0.01 (Burda et al. 2016)."""
-        return {name: int((a > ACTIVE).sum()) for name, a in self.activity.items()}
+        return count_active(self.activity)
 
     def collapsed(self, epsilon: float = 0.01) -> dict[str, np.ndarray]:
         """By site, which dimensions have a KL below ε nats for at least ``1 - δ`` of the data, ``(D,)``.

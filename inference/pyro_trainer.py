@@ -120,6 +120,9 @@ class Trainer:
         loss = -self.objective.surrogate(terms).mean() / terms.data_per_entry
         with torch.no_grad():
             metrics = step_metrics(self.objective, terms)
+        if not loss.requires_grad:
+            todo = "Let the model or the guide compute with its parameters"
+            raise must("objective", "depend on a parameter of the program", "one that does not", todo)
         gradients = torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)
         return metrics, gradients, _norm([g for g in gradients if g is not None])
 

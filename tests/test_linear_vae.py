@@ -124,8 +124,6 @@ def test_the_data_are_what_the_closed_form_is_about() -> None:
 @pytest.mark.usefixtures("as_users_run_it")  # thousands of steps
 @pytest.mark.parametrize(("beta", "s2"), CASES)
 def test_training_ends_where_the_closed_form_says(engine: str, beta: float, s2: float) -> None:
-    if (engine, beta) == ("pyro", 0.5):
-        pytest.skip("four cases are enough in the slower engine")
     active, steps = CASES[beta, s2]
     spec = LinearVAE(data_dim=5, latent_dim=LATENTS, scale=float(np.sqrt(s2)))
     run = train(engine, spec, beta, steps if engine == "numpyro" else steps * 4 // 5)
