@@ -3,15 +3,18 @@
 if __name__ == "inference":
     raise ImportError("inference must be a part of elbozoo; got the bare name. Write `import elbozoo.inference`.")
 
+from elbozoo.inference.annealing import AnnealedLikelihood, Bracket, annealed_importance_sampling, bracket
 from elbozoo.inference.diagnosis import Diagnosis, diagnose
 from elbozoo.inference.errors import CorruptFile, ElbozooError, InvalidArgument, NonFinite, Refused
 from elbozoo.inference.evaluation import Evaluation, evaluate
+from elbozoo.inference.exact import exact_log_lik
 from elbozoo.inference.gradients import STL, DReG, GradientEstimator, Pathwise, ScoreFunction
 from elbozoo.inference.information import Bottleneck, bottleneck
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Bound, Objective, Renyi
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.posterior import to_arviz
 from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, Shape
+from elbozoo.inference.suboptimality import Gaps, gaps
 from elbozoo.inference.terms import Site, Terms
 from elbozoo.inference.training import Run, fit
 
@@ -25,9 +28,11 @@ __all__ = [
     "TVO",
     "Adam",
     "AnnealedKL",
+    "AnnealedLikelihood",
     "Beta",
     "Bottleneck",
     "Bound",
+    "Bracket",
     "Capacity",
     "CorruptFile",
     "DReG",
@@ -35,6 +40,7 @@ __all__ = [
     "ElbozooError",
     "Evaluation",
     "FreeBits",
+    "Gaps",
     "GradientEstimator",
     "InvalidArgument",
     "NonFinite",
@@ -47,9 +53,13 @@ __all__ = [
     "Shape",
     "Site",
     "Terms",
+    "annealed_importance_sampling",
     "bottleneck",
+    "bracket",
     "diagnose",
     "evaluate",
+    "exact_log_lik",
     "fit",
+    "gaps",
     "to_arviz",
 ]

@@ -103,3 +103,18 @@ def plates_first(x: Array, batch_ndim: int, dims: Sequence[int]) -> Array:
     for n in x.shape[len(front) :]:
         size *= n
     return x.reshape((*lead, size))
+
+
+def concatenate(xs: Sequence[Array], axis: int = 0) -> Array:
+    """The arrays joined along ``axis``."""
+    match _library(xs[0]):
+        case "numpy":
+            return np.concatenate(xs, axis=axis)
+        case "torch":
+            import torch
+
+            return torch.cat(list(xs), dim=axis)
+        case _:
+            import jax.numpy as jnp
+
+            return jnp.concatenate(xs, axis=axis)

@@ -197,10 +197,14 @@ def _all_pairs(
         for start in range(0, size, chunk):
             shifts = np.arange(start, start + chunk) % size  # the last call repeats some: one shape, one compilation
             at = (rows + shifts[:, None]) % size
-            found = program.log_guide({n: z[0][at] for n, z in values.items()}, arrays)
+            found = program.apply(_log_guides, arrays, values={n: z[0][at] for n, z in values.items()})
             out[at, rows] = sum(q.astype(np.float64) for q in found.values())
             bar.advance(task, min(chunk, size - start))
     return out
+
+
+def _log_guides(terms: Terms) -> dict[str, Any]:
+    return {name: site.log_guide for name, site in terms.sites.items()}
 
 
 def _per_dimension(

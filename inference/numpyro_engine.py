@@ -18,7 +18,14 @@ import numpy as np
 import numpyro
 from jax import random
 from jax.lax import stop_gradient
-from numpyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
+from numpyro.distributions import (
+    ExpandedDistribution,
+    Independent,
+    MaskedDistribution,
+    MultivariateNormal,
+    Normal,
+    biject_to,
+)
 from numpyro.distributions.kl import kl_divergence
 from numpyro.handlers import block, replay, seed, substitute, trace
 from numpyro.handlers import seed as seed_handler
@@ -30,7 +37,7 @@ from numpyro.util import check_model_guide_match
 from elbozoo.inference.arrays import plates_first
 from elbozoo.inference.errors import InvalidArgument, Refused, must
 from elbozoo.inference.objectives import Objective
-from elbozoo.inference.terms import Site, Terms
+from elbozoo.inference.terms import Site, Terms, own_parameters
 from elbozoo.inference.weights import from_torch_layout, to_torch_layout
 
 _STEP = "elbozoo_step"
@@ -118,6 +125,7 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
             "reparameterised": bool(s["is_observed"] or s["fn"].has_rsample),
             "plain": _is_plain(s, scale),
             "auxiliary": n not in model_trace,
+            "support": model_trace[n]["fn"].support if n in model_trace else None,
             "guide_family": type(_strip(s["fn"])[0]).__name__,
         }
         for n, s in _samples(guide_trace).items()
@@ -308,11 +316,16 @@ def particles(
     analytic_kl: bool = False,
     step: Any = 0,
     vectorize: bool | Callable = True,
+    values: Mapping[str, jax.Array] | None = None,
 ) -> tuple[Terms, dict[str, Any]]:
     r"""Run guide and model for ``num_particles`` particles.
 
     Keys are split as in NumPyro's ``RenyiELBO`` (one for plates, then one a particle), so that equal seeds draw
     equal values.
+
+    Args:
+        values: latents ``(K, …)`` by site in place of the guide's draws: the densities are theirs, and differentiable
+            in them.
 
     Returns:
         The :class:`Terms` (with shapes ``(K, *P)``) and the new values of mutable sites (those of the first particle).
@@ -338,8 +351,8 @@ def particles(
         mutable |= {n: s["value"] for n, s in model_trace.items() if s["type"] == "mutable"}
         return model_trace, guide_trace, mutable
 
-    def first(key: jax.Array) -> dict[str, Any]:
-        model_trace, guide_trace, mutable = traces(key, params, None)
+    def first(key: jax.Array, given: Mapping[str, jax.Array] | None = None) -> dict[str, Any]:
+        model_trace, guide_trace, mutable = traces(key, params, given)
         _check_match(model_trace, guide_trace)
         layouts.append(replace(_layout(model_trace, guide_trace), control_flow=control_flow.seen))
         arrays = _site_arrays(guide_trace, model_trace, layouts[-1], analytic_kl)
@@ -366,24 +379,26 @@ def particles(
 
     event_ndims: dict[str, int] = {}
     each = _vectorizer(vectorize, num_particles)
-    out = each(first, keys)
+    out = each(first, keys) if values is None else each(first, keys, dict(values))
     layout = layouts[-1]
-    values = out["values"]
+    if values is not None:
+        _refuse_control_flow(layout)
+    drawn = out["values"]
 
     def refreeze(ratio: jax.Array | None) -> Terms:
         _refuse_control_flow(layout)
         frozen = (
-            each(partial(again, ratio=None), keys, values)
+            each(partial(again, ratio=None), keys, drawn)
             if ratio is None
-            else each(again, keys, values, stop_gradient(ratio))
+            else each(again, keys, drawn, stop_gradient(ratio))
         )
-        return _terms(frozen, layout, step, values)
+        return _terms(frozen, layout, step, drawn)
 
-    def redraw(others: Mapping[str, jax.Array] | None, as_drawn: bool) -> dict[str, jax.Array]:
+    def redraw(as_drawn: bool) -> dict[str, jax.Array]:
         _refuse_control_flow(layout)
-        return each(partial(score, as_drawn=as_drawn), keys, values if others is None else others)
+        return each(partial(score, as_drawn=as_drawn), keys, drawn)
 
-    terms = replace(_terms(out, layout, step, values), refreeze=refreeze, redraw=redraw)
+    terms = replace(_terms(out, layout, step, drawn), refreeze=refreeze, redraw=redraw)
     return terms, jax.tree.map(lambda x: x[0], out["mutable"])
 
 
@@ -517,6 +532,43 @@ class Loss(NumPyroELBO):
         if _STEP in mutable:
             mutable[_STEP] = step + 1
         return {"loss": value_and_surrogate(self.objective, terms)[1], "mutable_state": mutable or None}
+
+
+# --- a guide of its own for every datum -------------------------------------------------------------------------
+
+
+class _Localise(Messenger):
+    """Add offsets to the unconstrained parameters of latent sites' distributions."""
+
+    def __init__(self, offsets: Mapping[str, Params], full_covariance: bool):
+        self.offsets, self.full_covariance = offsets, full_covariance
+        super().__init__(None)
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"] and msg["name"] in self.offsets:
+            cls, count, parameters = _local_parameters(msg["name"], msg["fn"], self.full_covariance)
+            offsets = self.offsets[msg["name"]]
+            moved = {n: transform(value + offsets[n]) for n, (value, transform) in parameters.items()}
+            msg["fn"] = cls(**moved).to_event(count)
+
+
+def _local_parameters(name: str, fn: Any, full_covariance: bool) -> tuple[type, int, dict[str, Any]]:
+    """The class of a site's distribution, how many batch dims are events, each parameter unconstrained with its map."""
+    base, count = _strip(fn)
+    shape = base.batch_shape
+    while isinstance(base, ExpandedDistribution):
+        base = base.base_dist
+    if full_covariance and type(base) is Normal and count == 1:
+        loc, scale = (jnp.broadcast_to(x, shape) for x in (base.loc, base.scale))
+        base, count, shape = MultivariateNormal(loc, scale_tril=scale[..., None] * jnp.eye(shape[-1])), 0, shape[:-1]
+    parameters = {}
+    for parameter in own_parameters(name, base):
+        constraint = base.arg_constraints[parameter]
+        value = getattr(base, parameter)
+        value = jnp.broadcast_to(value, shape + value.shape[value.ndim - constraint.event_dim :])
+        transform = biject_to(constraint)
+        parameters[parameter] = transform.inv(value), transform
+    return type(base), count, parameters
 
 
 # --- programs ---------------------------------------------------------------------------------------------------
@@ -662,13 +714,24 @@ class Program:
         num_particles: int = 1,
         seed: int = 0,
         analytic_kl: bool = False,
+        values: Mapping[str, np.ndarray] | None = None,
     ) -> Any:
-        """``fn(terms)`` for fresh particles on the data ``args``, compiled once a shape; a tree of NumPy arrays."""
+        """``fn(terms)`` on the data ``args``, compiled once a shape; a tree of NumPy arrays.
+
+        Args:
+            fn: a function of :class:`Terms`; one object, not a lambda a call, or each call is compiled anew.
+            args: the data.
+            num_particles: K fresh particles, where no values are given.
+            seed: of the particles.
+            analytic_kl: use closed forms of the KL where they are valid.
+            values: latents ``(K, …)`` by site to take the densities at, in place of fresh draws.
+        """
+        num_particles = num_particles if values is None else len(next(iter(values.values())))
         cache = self.__dict__.setdefault("_compiled", {})
-        key = (fn, num_particles, analytic_kl)
+        key = (fn, num_particles, analytic_kl, values is None)
         if key not in cache:
 
-            def compute(seed: Any, params: Params, args: tuple) -> Any:
+            def compute(seed: Any, params: Params, args: tuple, values: Any) -> Any:
                 terms, _ = particles(
                     random.key(seed),
                     params,
@@ -677,26 +740,54 @@ class Program:
                     args,
                     num_particles=num_particles,
                     analytic_kl=analytic_kl,
+                    values=values,
                 )
                 return fn(terms)
 
             cache[key] = jax.jit(compute)
-        return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args))
+        given = None if values is None else dict(values)
+        return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args, given))
 
-    def log_guide(self, values: Mapping[str, np.ndarray], args: tuple) -> dict[str, np.ndarray]:
-        """``log q(z | x)`` by site, ``(K, *P)``, of given latents ``(K, …)`` on the data ``args``, nats."""
-        cache = self.__dict__.setdefault("_compiled", {})
-        num_particles = len(next(iter(values.values())))
-        if (key := ("log_guide", num_particles)) not in cache:
+    def localised(self, args: tuple, full_covariance: bool = False) -> Program:
+        """This program with constant parameters and a guide that is optimised for each datum of ``args`` by itself.
 
-            def compute(params: Params, values: Any, args: tuple) -> Any:
-                terms, _ = particles(
-                    random.key(0), params, self.model_fn, self.guide_fn, args, num_particles=num_particles
-                )
-                return terms.log_guide_at(values)
+        Each parameter of each latent's distribution gets an offset a datum, unconstrained, to be trained: the
+        amortised guide is where they are all 0. A site that depends on others keeps its network of them.
 
-            cache[key] = jax.jit(compute)
-        return jax.tree.map(np.asarray, cache[key](self._all_params(), dict(values), args))
+        Args:
+            args: the data; the result is for these alone, in this order.
+            full_covariance: let diagonal Gaussians become full ones.
+        Raises: InvalidArgument for a site whose distribution has no parameters of its own (a flow).
+        """
+        frozen, shapes = self.frozen(), {}
+
+        def look(args: tuple) -> None:
+            for name, site in _samples(trace(seed(frozen.guide, 0)).get_trace(*args)).items():
+                if not site["is_observed"]:
+                    parameters = _local_parameters(name, site["fn"], full_covariance)[2]
+                    shapes[name] = {n: value.shape for n, (value, _) in parameters.items()}
+
+        jax.eval_shape(look, args)
+
+        def guide(*args: Any) -> Any:
+            offsets = {
+                name: {n: numpyro.param(f"{name}.local_{n}", jnp.zeros(shape)) for n, shape in each.items()}
+                for name, each in shapes.items()
+            }
+            with _Localise(offsets, full_covariance):
+                return frozen.guide(*args)
+
+        return Program(frozen.model, guide)
+
+    def outline(self, args: tuple) -> Terms:
+        """The :class:`Terms` of one particle as shapes, supports and flags: nothing is computed."""
+        found: list[Terms] = []
+
+        def look(params: Params, args: tuple) -> None:
+            found.append(particles(random.key(0), params, self.model_fn, self.guide_fn, args)[0])
+
+        jax.eval_shape(look, self._all_params(), args)
+        return found[0]
 
     def predict(
         self,

@@ -24,12 +24,12 @@ from pyro.distributions.torch import Independent
 from pyro.infer import ELBO as PyroELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import site_is_subsample
-from torch.distributions import kl_divergence
+from torch.distributions import kl_divergence, transform_to
 
 from elbozoo.inference.arrays import plates_first
 from elbozoo.inference.errors import InvalidArgument, must
 from elbozoo.inference.objectives import Objective
-from elbozoo.inference.terms import Site, Terms
+from elbozoo.inference.terms import Site, Terms, own_parameters
 from elbozoo.inference.weights import check_names
 
 _PARTICLES = "num_particles_vectorized"  # the name Pyro's own losses give this plate
@@ -239,7 +239,8 @@ def _check_match(model_trace: Any, guide_trace: Any) -> None:
 class _Replay(poutine.messenger.Messenger):
     """Give latent and subsample sites these values.
 
-    With ``draw_first`` they are drawn all the same and then replaced, so that random numbers are used up as before.
+    With ``draw_first`` they are drawn all the same and then replaced, so that random numbers are used up as before; a
+    value then only needs as many entries as the drawn one.
     """
 
     def __init__(self, values: Mapping[str, torch.Tensor], draw_first: bool = False):
@@ -252,7 +253,7 @@ class _Replay(poutine.messenger.Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if self.draw_first and msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
+            msg["value"] = self.values[msg["name"]].reshape_as(msg["value"]).to(msg["value"].dtype)
 
 
 @contextmanager
@@ -313,10 +314,11 @@ class _Run:
 
 
 def _run(
-    model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], subsamples: Mapping[str, torch.Tensor]
+    model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], given: Mapping[str, torch.Tensor]
 ) -> _Run:
+    """One run of guide and model, with subsample indices (and latents, where they are not to be drawn) as given."""
     rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in _gpus())]
-    with _Replay(subsamples, draw_first=True):  # as a rerun does: random numbers are used up alike
+    with _Replay(given, draw_first=True):  # as a rerun does: random numbers are used up alike
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     nodes: dict[str, Any] = dict(guide_trace.nodes)
     drawn = {n: s["value"] for n, s in nodes.items() if s["type"] == "sample" and site_is_subsample(s)}
@@ -338,10 +340,13 @@ def particles(
     analytic_kl: bool = False,
     step: Any = 0,
     nesting: int | None = None,
+    values: Mapping[str, torch.Tensor] | None = None,
 ) -> Terms:
     r"""Run guide and model for ``num_particles`` particles.
 
     Args:
+        values: latents ``(K, …)`` by site in place of the guide's draws: the densities are theirs, and differentiable
+            in them.
         nesting: the particles sit in a plate left of that many of the program's (see :func:`particle_plate`), which
             must broadcast over leading dims; where it is None the program runs once a particle.
 
@@ -353,9 +358,14 @@ def particles(
         particle_dim = -1 - nesting
         plate = pyro.plate(_PARTICLES, num_particles, dim=particle_dim)
         model, guide = plate(model), plate(guide)
-    runs = [_run(model, guide, args, kwargs, {})]
-    while particle_dim is None and len(runs) < num_particles:
-        runs.append(_run(model, guide, args, kwargs, runs[0].subsamples))
+    together = particle_dim is not None
+
+    def given(k: int) -> dict[str, torch.Tensor]:
+        return {} if values is None else {n: v if together else v[k] for n, v in values.items()}
+
+    runs = [_run(model, guide, args, kwargs, given(0))]
+    while not together and len(runs) < num_particles:
+        runs.append(_run(model, guide, args, kwargs, runs[0].subsamples | given(len(runs))))
     layout = _layout(runs[0].model_trace, runs[0].guide_trace)
 
     def rerun_guide(run: _Run, values: Mapping[str, torch.Tensor]) -> Any:
@@ -385,15 +395,10 @@ def particles(
                 stack.enter_context(_frozen_parameters(run.guide_trace, guide_modules))
             return build([rerun_guide(r, r.aliases) for r in runs], False)
 
-    def redraw(others: Mapping[str, torch.Tensor] | None, as_drawn: bool) -> dict[str, torch.Tensor]:
+    def redraw(as_drawn: bool) -> dict[str, torch.Tensor]:
         out: dict[str, list[torch.Tensor]] = {}
-        for k, run in enumerate(runs):
-            given = run.values
-            if others is not None:
-                given = {
-                    n: (v if particle_dim is not None else v[k]).reshape_as(run.values[n]) for n, v in others.items()
-                }
-            trace = rerun_guide(run, {n: v.detach() for n, v in given.items()})
+        for run in runs:
+            trace = rerun_guide(run, {n: v.detach() for n, v in run.values.items()})
             for name, site in _samples(trace).items():
                 density = _score(site, layout, particle_dim) if as_drawn else None
                 if density is None:
@@ -468,6 +473,7 @@ def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step:
             reparameterised=bool(latent[name]["is_observed"] or latent[name]["fn"].has_rsample),
             plain=_is_plain(latent[name], layout),
             auxiliary=name not in runs[0].model_trace.nodes,
+            support=runs[0].model_trace.nodes[name]["fn"].support if name in runs[0].model_trace.nodes else None,
             guide_family=type(_strip(latent[name]["fn"])[0]).__name__,
         )
         for name in parts[0]["sites"]
@@ -671,6 +677,39 @@ class Loss(PyroELBO):
         return value, surrogate
 
 
+# --- a guide of its own for every datum -------------------------------------------------------------------------
+
+
+class _Localise(poutine.messenger.Messenger):
+    """Add offsets to the unconstrained parameters of latent sites' distributions."""
+
+    def __init__(self, offsets: Mapping[str, Mapping[str, torch.Tensor]], full_covariance: bool):
+        super().__init__()
+        self.offsets, self.full_covariance = offsets, full_covariance
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["name"] in self.offsets:
+            cls, count, parameters = _local_parameters(msg["name"], msg["fn"], self.full_covariance)
+            offsets = self.offsets[msg["name"]]
+            moved = {n: transform(value + offsets[n]) for n, (value, transform) in parameters.items()}
+            msg["fn"] = cls(**moved).to_event(count)
+
+
+def _local_parameters(name: str, fn: Any, full_covariance: bool) -> tuple[type, int, dict[str, Any]]:
+    """The class of a site's distribution, how many batch dims are events, each parameter unconstrained with its map."""
+    base, count = _strip(fn)
+    shape = tuple(base.batch_shape)
+    if full_covariance and type(base) is dist.Normal and count == 1:
+        base, count, shape = dist.MultivariateNormal(base.loc, scale_tril=base.scale.diag_embed()), 0, shape[:-1]
+    parameters = {}
+    for parameter in own_parameters(name, base):
+        constraint, value = base.arg_constraints[parameter], getattr(base, parameter)
+        value = value.expand(shape + tuple(value.shape[value.dim() - constraint.event_dim :]))
+        transform = transform_to(constraint)
+        parameters[parameter] = transform.inv(value), transform
+    return type(base), count, parameters
+
+
 # --- programs ---------------------------------------------------------------------------------------------------
 
 
@@ -827,28 +866,72 @@ class Program:
         num_particles: int = 1,
         seed: int = 0,
         analytic_kl: bool = False,
+        values: Mapping[str, np.ndarray] | None = None,
     ) -> Any:
-        """``fn(terms)`` for fresh particles on the data ``args``, without gradients; a tree (dicts) of NumPy arrays."""
-        with self.parameters(), torch.no_grad(), torch.random.fork_rng(devices=_gpus()), pyro.validation_enabled(False):
-            torch.manual_seed(seed)
+        """``fn(terms)`` on the data ``args``, without gradients; a tree (dicts) of NumPy arrays.
+
+        Args:
+            fn: a function of :class:`Terms`.
+            args: the data.
+            num_particles: K fresh particles, where no values are given.
+            seed: of the particles.
+            analytic_kl: use closed forms of the KL where they are valid.
+            values: latents ``(K, …)`` by site to take the densities at, in place of fresh draws.
+        """
+        with torch.no_grad(), self._running(seed):
             args = self._inputs(args)
-            if num_particles > 1 and "_nesting" not in self.__dict__:
-                self.__dict__["_nesting"] = particle_plate(self.model, self.guide, args, {})
-            terms = particles(
-                self.model,
-                self.guide,
-                args,
-                num_particles=num_particles,
-                analytic_kl=analytic_kl,
-                nesting=self.__dict__.get("_nesting"),
-            )
+            given = None
+            if values is not None:
+                given = dict(zip(values, self._inputs(tuple(values.values())), strict=True))
+                num_particles = len(next(iter(given.values())))
+            terms = self.terms(args, num_particles=num_particles, analytic_kl=analytic_kl, values=given)
             return _to_numpy(fn(terms))
 
-    def log_guide(self, values: Mapping[str, np.ndarray], args: tuple) -> dict[str, np.ndarray]:
-        """``log q(z | x)`` by site, ``(K, *P)``, of given latents ``(K, …)`` on the data ``args``, nats."""
-        others = dict(zip(values, self._inputs(tuple(values.values())), strict=True))
-        num_particles = len(next(iter(values.values())))
-        return self.apply(lambda terms: dict(terms.log_guide_at(others)), args, num_particles=num_particles)
+    def localised(self, args: tuple, full_covariance: bool = False) -> Program:
+        """This program with constant parameters and a guide that is optimised for each datum of ``args`` by itself.
+
+        Each parameter of each latent's distribution gets an offset a datum, unconstrained, to be trained: the
+        amortised guide is where they are all 0. A site that depends on others keeps its network of them.
+
+        Args:
+            args: the data; the result is for these alone, in this order.
+            full_covariance: let diagonal Gaussians become full ones.
+        Raises: InvalidArgument for a site whose distribution has no parameters of its own (a flow).
+        """
+        frozen, zeros = self.frozen(), {}
+        with torch.no_grad(), frozen._running(0):
+            for name, site in _samples(poutine.trace(frozen.guide).get_trace(*self._inputs(args))).items():
+                if not site["is_observed"]:
+                    parameters = _local_parameters(name, site["fn"], full_covariance)[2]
+                    zeros[name] = {n: torch.zeros_like(value) for n, (value, _) in parameters.items()}
+
+        def guide(*args: Any) -> Any:
+            offsets = {
+                name: {n: pyro.param(f"{name}.local_{n}", zero) for n, zero in each.items()}
+                for name, each in zeros.items()
+            }
+            with _Localise(offsets, full_covariance):
+                return frozen.guide(*args)
+
+        return Program(frozen.model, guide)
+
+    def outline(self, args: tuple) -> Terms:
+        """The :class:`Terms` of one particle, for their shapes, supports and flags."""
+        with torch.no_grad(), self._running(0):
+            return self.terms(self._inputs(args), num_particles=1)
+
+    @contextmanager
+    def _running(self, seed: int) -> Iterator[None]:
+        """Inside, this program's parameters and a random state of its own."""
+        with self.parameters(), torch.random.fork_rng(devices=_gpus()), pyro.validation_enabled(False):
+            torch.manual_seed(seed)
+            yield
+
+    def terms(self, args: tuple, **options: Any) -> Terms:
+        """The program's :class:`Terms` on tensors; for use inside :meth:`_running`."""
+        if options["num_particles"] > 1 and "_nesting" not in self.__dict__:
+            self.__dict__["_nesting"] = particle_plate(self.model, self.guide, args, {})
+        return particles(self.model, self.guide, args, nesting=self.__dict__.get("_nesting"), **options)
 
     def predict(
         self,
@@ -869,8 +952,7 @@ class Program:
             sites whose distribution has one.
         """
         draws: list[dict[str, dict[str, Any]]] = []
-        with self.parameters(), torch.no_grad(), torch.random.fork_rng(devices=_gpus()), pyro.validation_enabled(False):
-            torch.manual_seed(seed)
+        with torch.no_grad(), self._running(seed):
             args = self._inputs(args)
             for k in range(num_particles):
                 with _Replay(self._latents(args, k, prior, values)):

@@ -13,6 +13,7 @@ from typing import Any
 from jaxtyping import Float
 
 from elbozoo.inference.arrays import Array
+from elbozoo.inference.errors import must
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Site:
         reparameterised: whether gradients flow through the drawn value.
         plain: whether the guide's site has no scale or mask of its own (the shared plates' scale is not one).
         auxiliary: whether the site is the guide's alone.
+        support: where the model's site can lie, a constraint of the engine's; ``None`` for an auxiliary site.
         gain, offset: the shaped rate is ``gain * rate + offset`` (see :mod:`elbozoo.inference.shapes`); ``gain`` is a
             scalar or one number per dimension ``(D,)``, ``offset`` a scalar per site.
         guide_family: the class name of the guide's distribution, for messages.
@@ -48,6 +50,7 @@ class Site:
     reparameterised: bool = True
     plain: bool = True
     auxiliary: bool = False
+    support: Any = field(default=None, repr=False)
     gain: Any = 1.0
     offset: Any = 0.0
     guide_family: str = ""
@@ -82,6 +85,24 @@ class Site:
         return (self.gain * terms).sum(axis=-1) + self.offset
 
 
+_WORKED_OUT = {"scale_tril": {"covariance_matrix", "precision_matrix"}, "logits": {"probs"}}
+"""Parameters that a library's distribution works out on demand from another, by that other."""
+
+
+def own_parameters(site: str, distribution: Any) -> list[str]:
+    """Names of the parameters that a distribution can be made anew from, one way.
+
+    Raises: InvalidArgument where it has none (a flow).
+    """
+    found = set(distribution.arg_constraints)
+    found -= set().union(*(others for kept, others in _WORKED_OUT.items() if kept in found))
+    if not found:
+        todo = "Give it a distribution with parameters of its own, or compare bounds by evaluate alone"
+        family = type(distribution).__name__
+        raise must(f"site '{site}'", "be drawn from a distribution that can be optimised by itself", family, todo)
+    return sorted(found)
+
+
 @dataclass(frozen=True)
 class Terms:
     r"""The arrays of one run of guide and model that every objective is made of.
@@ -101,7 +122,7 @@ class Terms:
         observed: ``log p`` of each observed site, ``(K, *P)``; they sum to ``log_lik``.
         values: the drawn latent values, ``(K, …)``.
         refreeze: engine callback behind :meth:`freeze`.
-        redraw: engine callback behind :meth:`log_guide_at`.
+        redraw: engine callback behind :meth:`log_guide_at_stopped_values`.
     """
 
     log_lik: Float[Any, "K *P"]
@@ -113,7 +134,7 @@ class Terms:
     observed: Mapping[str, Array] = field(default_factory=dict)
     values: Mapping[str, Array] = field(default_factory=dict, repr=False)
     refreeze: Callable[[Array | None], Terms] | None = field(default=None, repr=False)
-    redraw: Callable[[Mapping[str, Array] | None, bool], Mapping[str, Array]] | None = field(default=None, repr=False)
+    redraw: Callable[[bool], Mapping[str, Array]] | None = field(default=None, repr=False)
 
     @property
     def num_particles(self) -> int:
@@ -125,6 +146,23 @@ class Terms:
         total = self.log_lik
         for site in self.sites.values():
             total = total - site.shaped_rate
+        return total
+
+    @property
+    def log_prior(self) -> Array:
+        """``log p(z)`` summed over sites, ``(K, *P)``."""
+        return self._total([site.log_prior for site in self.sites.values()])
+
+    @property
+    def log_guide(self) -> Array:
+        """``log q(z | x)`` summed over sites, ``(K, *P)``."""
+        return self._total([site.log_guide for site in self.sites.values()])
+
+    def _total(self, densities: list[Array | None]) -> Array:
+        total = self.log_lik.clip(0.0, 0.0)
+        for density in densities:
+            assert density is not None, "the analytic KL was asked for, and stands for both densities"
+            total = total + density
         return total
 
     @property
@@ -167,12 +205,5 @@ class Terms:
         Args:
             as_drawn: without the scales and masks of the sites: what the score of a draw is the gradient of.
         """
-        return self._redrawn(None, as_drawn)
-
-    def log_guide_at(self, values: Mapping[str, Array]) -> Mapping[str, Array]:
-        """``log q`` by site, ``(K, *P)``, of other latents ``(K, …)``, not differentiated in them."""
-        return self._redrawn(values, False)
-
-    def _redrawn(self, values: Mapping[str, Array] | None, as_drawn: bool) -> Mapping[str, Array]:
         assert self.redraw is not None, "these terms were not made by an engine"
-        return self.redraw(values, as_drawn)
+        return self.redraw(as_drawn)

@@ -182,6 +182,17 @@ class LinearGaussian:
 # --- programs ---------------------------------------------------------------------------------------------------
 
 
+def wrapped(engine: str, model: Callable, guide: Callable) -> Any:
+    """A program without parameters, as one of either engine that is trained."""
+    if engine == "numpyro":
+        from elbozoo.inference.numpyro_engine import Program
+
+        return Program(model, guide).with_params({})
+    from elbozoo.inference.pyro_engine import Program
+
+    return Program(model, guide)
+
+
 @cache
 def library(engine: str) -> SimpleNamespace:
     """The primitives that both libraries have under the same names."""

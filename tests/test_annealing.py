@@ -1,0 +1,201 @@
+"""Annealed importance sampling against closed forms and quadrature: it brackets log p(x), in both engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from elbozoo.inference import InvalidArgument, annealed_importance_sampling, bracket, evaluate
+from elbozoo.inference.annealing import WU_2016, sigmoid_schedule
+from elbozoo.zoo import LinearVAE
+from tests.compile_once import as_users_run_it, compile_once  # noqa: F401
+from tests.oracles import library, wrapped
+
+FAST: dict[str, Any] = {"num_temperatures": 24, "num_chains": 8, "num_leapfrog": 4}
+FASTER: dict[str, Any] = {"num_temperatures": 6, "num_chains": 8, "num_leapfrog": 2}
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same numbers in every test, whichever ran before."""
+    return np.random.default_rng(5)
+
+
+def weights(rng: np.random.Generator, spec: LinearVAE) -> dict[str, np.ndarray]:
+    """A random model, and a diagonal guide that is off: shifted and too wide."""
+    model = {"decoder.weight": rng.normal(size=(4, 2)), "decoder.bias": rng.normal(size=4)}
+    guide = spec.exact_guide(model)
+    return guide | {"encoder.bias": guide["encoder.bias"] + 0.4, "encoder_log_scale": guide["encoder_log_scale"] + 0.3}
+
+
+@pytest.mark.parametrize("start", ["guide", "prior"])
+def test_meets_the_closed_form(engine: str, start: Any, rng: np.random.Generator) -> None:
+    spec = LinearVAE(data_dim=4, latent_dim=2, scale=0.6)
+    w, x = weights(rng, spec), rng.normal(size=(25, 4))
+    program = getattr(spec, engine)().with_weights(w)
+    found = annealed_importance_sampling(program, x, start=start, **FAST)
+    error = found.log_lik_estimate - spec.log_prob(w, x)
+    spread = error.std(ddof=1) / 5
+    assert -4 * spread - error.var(ddof=1) < error.mean() < 4 * spread, "E log w is below log E w by half its variance"
+    assert 0.3 < found.mc_se / spread < 3, "the standard error from the chains is one"
+    assert found.log_lik == pytest.approx(found.log_lik_estimate.mean())
+    importance = evaluate(program, x, num_particles=8)
+    assert error.std() < np.std(importance.per_datum.log_lik_estimate - spec.log_prob(w, x))
+    assert found.acceptance > 0.4
+
+
+def test_the_last_states_are_posterior_draws(engine: str, rng: np.random.Generator) -> None:
+    spec = LinearVAE(data_dim=4, latent_dim=2, scale=0.6)
+    w, x = weights(rng, spec), rng.normal(size=(3, 4))
+    options = {**FAST, "num_chains": 400}
+    found = annealed_importance_sampling(getattr(spec, engine)().with_weights(w), x, **options)
+    mean, covariance = spec.posterior(w, x)
+    error = (found.values["z"].mean(axis=0) - mean) / np.sqrt(np.diag(covariance) / 400)
+    assert np.abs(error).max() < 4
+    for draws in np.moveaxis(found.values["z"], 1, 0):
+        np.testing.assert_allclose(np.cov(draws.T), covariance, atol=4 * covariance.max() * np.sqrt(2 / 400))
+
+
+@pytest.mark.parametrize("start", ["guide", "prior"])
+def test_both_directions_bracket_the_closed_form(engine: str, start: Any, rng: np.random.Generator) -> None:
+    """Few temperatures and one chain: the bounds are apart, and the truth is between them."""
+    spec = LinearVAE(data_dim=4, latent_dim=2, scale=0.6)
+    w = weights(rng, spec)
+    program, like = getattr(spec, engine)().with_weights(w), np.zeros((60, 4))
+    loose = bracket(program, like, num_temperatures=8, num_chains=1, num_leapfrog=3, start=start)
+    exact = spec.log_prob(w, loose.data[0])
+    below, above = exact - loose.lower, loose.upper - exact
+    assert below.mean() > 3 * below.std() / np.sqrt(60)
+    assert above.mean() > 3 * above.std() / np.sqrt(60)
+    assert loose.gap == pytest.approx(below.mean() + above.mean())
+    tight = bracket(program, like, start=start, **FAST)
+    exact = spec.log_prob(w, tight.data[0])
+    assert abs(tight.gap) < 0.3 * loose.gap
+    for bound in (tight.lower, tight.upper):
+        error = bound - exact
+        assert abs(error.mean()) < 4 * error.std(ddof=1) / np.sqrt(60) + error.var(ddof=1)
+
+
+def gamma_program(engine: str) -> Callable:
+    """``g ~ Gamma(2, 1)``, ``r | g ~ Beta(1 + g, 2)``, ``x ~ N(g r, ½)``; a guide that does not look."""
+    lib = library(engine)
+
+    def model(x: Any) -> None:
+        with lib.plate("data", len(x), dim=-1):
+            g = lib.sample("g", lib.dist.Gamma(2.0 + 0.0 * x, 1.0))
+            r = lib.sample("r", lib.dist.Beta(1.0 + g, 2.0))
+            lib.sample("x", lib.dist.Normal(g * r, 0.5), obs=x)
+
+    def guide(x: Any) -> None:
+        with lib.plate("data", len(x), dim=-1):
+            lib.sample("g", lib.dist.Gamma(3.0 + 0.0 * x, 1.5))
+            lib.sample("r", lib.dist.Beta(2.0 + 0.0 * x, 2.0))
+
+    return wrapped(engine, model, guide)
+
+
+@pytest.mark.parametrize("start", ["guide", "prior"])
+def test_bounded_and_dependent_latents_meet_quadrature(engine: str, start: Any) -> None:
+    x = np.array([0.3, 1.0, 2.5, 4.0])
+
+    g, r = np.linspace(0, 30, 1501)[:, None], (np.arange(400) + 0.5) / 400  # trapezoids by midpoints
+    prior = stats.gamma.pdf(g, 2) * stats.beta.pdf(r, 1 + g, 2)
+    exact = [np.log(np.trapezoid((prior * stats.norm.pdf(v, g * r, 0.5)).mean(axis=1), g[:, 0])) for v in x]
+    options = {**FAST, "num_chains": 200}
+    found = annealed_importance_sampling(gamma_program(engine), x, start=start, **options)
+    assert abs((found.log_lik_estimate - exact).mean()) < 4 * found.mc_se
+    assert found.mc_se < 0.1
+
+
+def test_the_prior_start_knows_nothing_of_the_guide(engine: str, rng: np.random.Generator) -> None:
+    spec = LinearVAE(data_dim=4, latent_dim=2, scale=0.6)
+    w, x = weights(rng, spec), rng.normal(size=(4, 4))
+    other = w | {"encoder.bias": w["encoder.bias"] + 3.0}
+    one, two = (
+        annealed_importance_sampling(getattr(spec, engine)().with_weights(v), x, start="prior", **FASTER)
+        for v in (w, other)
+    )
+    np.testing.assert_array_equal(one.log_lik_estimate, two.log_lik_estimate)
+
+
+def test_equal_seeds_and_small_batches(engine: str, rng: np.random.Generator) -> None:
+    spec = LinearVAE(data_dim=4, latent_dim=2, scale=0.6)
+    w, x = weights(rng, spec), rng.normal(size=(7, 4))
+    program = getattr(spec, engine)().with_weights(w)
+    one, same, other = (annealed_importance_sampling(program, x, seed=s, **FASTER) for s in (0, 0, 1))
+    np.testing.assert_array_equal(one.log_lik_estimate, same.log_lik_estimate)
+    assert (one.log_lik_estimate != other.log_lik_estimate).all()
+    limit = 3 * 8 * 32 * 4 * 8  # three data of eight chains a call
+    batched = annealed_importance_sampling(program, x, memory_limit=limit, **FASTER)
+    assert batched.log_lik_estimate.shape == (7,)
+    assert batched.values["z"].shape == (8, 7, 2)
+    error = batched.log_lik_estimate - spec.log_prob(w, x)
+    assert np.abs(error).max() < 6 * np.sqrt(7) * batched.mc_se
+
+
+def test_schedule_and_published_settings() -> None:
+    betas = sigmoid_schedule(10)
+    assert betas[0] == 0
+    assert betas[-1] == 1
+    assert (np.diff(betas) > 0).all()
+    np.testing.assert_allclose(betas + betas[::-1], 1.0)
+    assert np.diff(betas)[0] < np.diff(betas)[5]
+    assert WU_2016["num_temperatures"] == 10_000
+
+
+def test_bad_input_is_refused(engine: str, rng: np.random.Generator) -> None:
+    lib = library(engine)
+    spec = LinearVAE(data_dim=4, latent_dim=2)
+    program = getattr(spec, engine)().with_weights(weights(rng, spec))
+    for options, text in [
+        ({"num_chains": 0}, "num_chains must be"),
+        ({"start": "posterior"}, "start must be"),
+        ({"target_acceptance": 1.0}, r"target_acceptance must lie in \(0, 1\)"),
+        ({"num_leapfrog": 0}, "num_leapfrog must be"),
+    ]:
+        with pytest.raises(InvalidArgument, match=text):
+            annealed_importance_sampling(program, rng.normal(size=(2, 4)), **options)
+
+    def model(x: Any) -> None:
+        with lib.plate("data", len(x), dim=-1):
+            d = lib.sample("d", lib.dist.Bernoulli(0.5 + 0.0 * x))
+            lib.sample("x", lib.dist.Normal(1.0 * d, 1.0), obs=x)
+
+    def guide(x: Any) -> None:
+        with lib.plate("data", len(x), dim=-1):
+            lib.sample("d", lib.dist.Bernoulli(0.5 + 0.0 * x))
+
+    with pytest.raises(InvalidArgument, match="site 'd' must be continuous"):
+        annealed_importance_sampling(wrapped(engine, model, guide), rng.normal(size=3))
+
+    def shared_model(x: Any) -> None:
+        mu = lib.sample("mu", lib.dist.Normal(lib.array(0.0), 1.0))
+        with lib.plate("data", len(x), dim=-1):
+            lib.sample("x", lib.dist.Normal(mu, 1.0), obs=x)
+
+    def shared_guide(x: Any) -> None:
+        lib.sample("mu", lib.dist.Normal(lib.array(0.0), 1.0))
+
+    with pytest.raises(InvalidArgument, match="program must have every latent inside its data plate"):
+        annealed_importance_sampling(wrapped(engine, shared_model, shared_guide), rng.normal(size=3))
+
+
+def test_simulated_data_need_a_place(engine: str, rng: np.random.Generator) -> None:
+    """A program that looks only at a part of its argument: where its data come from cannot be told."""
+    lib = library(engine)
+
+    def model(x: Any) -> None:
+        with lib.plate("data", len(x), dim=-1):
+            z = lib.sample("z", lib.dist.Normal(0.0 * x[:, 0], 1.0))
+            lib.sample("x", lib.dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def guide(x: Any) -> None:
+        with lib.plate("data", len(x), dim=-1):
+            lib.sample("z", lib.dist.Normal(0.5 * x[:, 0], 1.0))
+
+    with pytest.raises(InvalidArgument, match="site 'x' must be one of the program's arguments"):
+        bracket(wrapped(engine, model, guide), rng.normal(size=(3, 2)))
