@@ -3,10 +3,12 @@
 if __name__ == "inference":
     raise ImportError("inference must be a part of elbozoo; got the bare name. Write `import elbozoo.inference`.")
 
+from elbozoo.inference.calibration import Calibration, calibrate
 from elbozoo.inference.diagnosis import Diagnosis, diagnose
 from elbozoo.inference.errors import CorruptFile, ElbozooError, InvalidArgument, NonFinite, Refused
 from elbozoo.inference.evaluation import Evaluation, evaluate
 from elbozoo.inference.gradients import STL, DReG, GradientEstimator, Pathwise, ScoreFunction
+from elbozoo.inference.ground_truth import GroundTruth, ground_truth
 from elbozoo.inference.information import Bottleneck, bottleneck
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Bound, Objective, Renyi
 from elbozoo.inference.optimizers import Adam
@@ -28,6 +30,7 @@ __all__ = [
     "Beta",
     "Bottleneck",
     "Bound",
+    "Calibration",
     "Capacity",
     "CorruptFile",
     "DReG",
@@ -36,6 +39,7 @@ __all__ = [
     "Evaluation",
     "FreeBits",
     "GradientEstimator",
+    "GroundTruth",
     "InvalidArgument",
     "NonFinite",
     "Objective",
@@ -48,8 +52,10 @@ __all__ = [
     "Site",
     "Terms",
     "bottleneck",
+    "calibrate",
     "diagnose",
     "evaluate",
     "fit",
+    "ground_truth",
     "to_arviz",
 ]
