@@ -2,6 +2,7 @@ r"""The guide against the truth: NUTS on the posterior of each datum, its draws 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import math
@@ -20,7 +21,7 @@ from rich.table import Table
 from scipy.spatial.distance import cdist
 
 from elbozoo.inference.data import prepare
-from elbozoo.inference.errors import NonFinite, must
+from elbozoo.inference.errors import InvalidArgument, NonFinite, must
 from elbozoo.inference.evaluation import call_seed, call_size, check_plate, weigh
 from elbozoo.inference.parts import ENGINES, number, whole_number
 from elbozoo.inference.posterior import _datasets, _gather, _Names, _wrap, attributes, effective_draws
@@ -281,7 +282,8 @@ def _sampler(program: Any, *sizes: int) -> tuple[Any, str]:
     spec, weights = program.spec, program.weights
     twin = program.engine == "pyro" and all(find_spec(module) for module in ENGINES["numpyro"])
     if twin and spec is not None and weights:
-        program = spec.numpyro().with_weights(weights)
+        with contextlib.suppress(InvalidArgument):  # a frozen program hides weights; it runs in its own engine
+            program = spec.numpyro().with_weights(weights)
     form = importlib.import_module(f"elbozoo.inference.{program.engine}_nuts")
     return form.Chains(program, *sizes), program.engine
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -40,6 +41,7 @@ def test_ground_truth() -> None:
     """NUTS converges on every digit, its draws and the guide's lie side by side, and the verdicts are what the arrays say."""
     found: dict[str, Any] = {}
     exec(compile(blocks("ground-truth.md"), "docs/ground-truth.md", "exec"), found)
+    pyplot.close("all")
     truth, calibration = found["truth"], found["calibration"]
     assert truth.converged.all()
     assert truth.nuts["posterior"]["z"].dims == truth.guide["posterior"]["z"].dims

@@ -15,6 +15,7 @@ import arviz
 import numpy as np
 import pytest
 from compile_once import as_users_run_it, compile_once  # noqa: F401
+from matplotlib import pyplot
 from oracles import library
 from scipy import integrate, stats
 
@@ -224,6 +225,7 @@ def test_arviz_compares_and_keeps_them(tmp_path: Path) -> None:
         axes[0].figure.savefig(tmp_path / "forest.png")
     else:
         arviz.plot_forest(both, combined=True).savefig(tmp_path / "forest.png")
+    pyplot.close("all")
     assert (tmp_path / "forest.png").stat().st_size > 5000
     found.nuts.to_netcdf(str(tmp_path / "nuts.nc"))
     read = arviz.from_netcdf(str(tmp_path / "nuts.nc"))
@@ -338,6 +340,15 @@ def test_a_twin_is_not_needed_to_be_named() -> None:
     pytest.importorskip("torch")
     one, two = linear("numpyro"), linear("pyro")
     np.testing.assert_allclose(one.nuts["posterior"]["z"], two.nuts["posterior"]["z"], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.pyro
+def test_a_frozen_program_runs_in_its_own_engine() -> None:
+    """It hides its weights, so that there is nothing to hand to a twin."""
+    program = base("pyro").with_weights(EXACT).frozen()
+    found = ground_truth(program, X[:1], num_warmup=10, num_draws=10, num_chains=2)
+    assert found.sampler == "pyro"
+    assert (found.k_hat < 0).all() or np.isnan(found.k_hat).all(), "the exact guide"
 
 
 def test_equal_seeds(engine: str) -> None:
