@@ -4,11 +4,13 @@ if __name__ == "inference":
     raise ImportError("inference must be a part of elbozoo; got the bare name. Write `import elbozoo.inference`.")
 
 from elbozoo.inference.annealing import AnnealedLikelihood, Bracket, annealed_importance_sampling, bracket
+from elbozoo.inference.calibration import Calibration, calibrate
 from elbozoo.inference.diagnosis import Diagnosis, diagnose
 from elbozoo.inference.errors import CorruptFile, ElbozooError, InvalidArgument, NonFinite, Refused
 from elbozoo.inference.evaluation import Evaluation, evaluate
 from elbozoo.inference.exact import exact_log_lik
 from elbozoo.inference.gradients import STL, DReG, GradientEstimator, Pathwise, ScoreFunction
+from elbozoo.inference.ground_truth import GroundTruth, ground_truth
 from elbozoo.inference.information import Bottleneck, bottleneck
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Bound, Objective, Renyi
 from elbozoo.inference.optimizers import Adam
@@ -33,6 +35,7 @@ __all__ = [
     "Bottleneck",
     "Bound",
     "Bracket",
+    "Calibration",
     "Capacity",
     "CorruptFile",
     "DReG",
@@ -42,6 +45,7 @@ __all__ = [
     "FreeBits",
     "Gaps",
     "GradientEstimator",
+    "GroundTruth",
     "InvalidArgument",
     "NonFinite",
     "Objective",
@@ -56,10 +60,12 @@ __all__ = [
     "annealed_importance_sampling",
     "bottleneck",
     "bracket",
+    "calibrate",
     "diagnose",
     "evaluate",
     "exact_log_lik",
     "fit",
     "gaps",
+    "ground_truth",
     "to_arviz",
 ]

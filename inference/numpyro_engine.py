@@ -552,6 +552,11 @@ class _Localise(Messenger):
             msg["fn"] = cls(**moved).to_event(count)
 
 
+def _full(loc: jax.Array, variance: jax.Array) -> Any:
+    """The diagonal Gaussian as one with a full covariance."""
+    return MultivariateNormal(loc, scale_tril=jnp.sqrt(variance)[..., None] * jnp.eye(loc.shape[-1]))
+
+
 def _local_parameters(name: str, fn: Any, full_covariance: bool) -> tuple[type, int, dict[str, Any]]:
     """The class of a site's distribution, how many batch dims are events, each parameter unconstrained with its map."""
     base, count = _strip(fn)
@@ -559,8 +564,8 @@ def _local_parameters(name: str, fn: Any, full_covariance: bool) -> tuple[type, 
     while isinstance(base, ExpandedDistribution):
         base = base.base_dist
     if full_covariance and type(base) is Normal and count == 1:
-        loc, scale = (jnp.broadcast_to(x, shape) for x in (base.loc, base.scale))
-        base, count, shape = MultivariateNormal(loc, scale_tril=scale[..., None] * jnp.eye(shape[-1])), 0, shape[:-1]
+        base = _full(jnp.broadcast_to(base.mean, shape), jnp.broadcast_to(base.variance, shape))
+        count, shape = 0, shape[:-1]
     parameters = {}
     for parameter in own_parameters(name, base):
         constraint = base.arg_constraints[parameter]

@@ -19,8 +19,11 @@ from elbozoo.inference.parts import whole_number
 from elbozoo.inference.psis import pareto_k
 from elbozoo.inference.terms import Terms
 
-Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
-"""A group: by variable, its dims and values; those that begin with ``draw`` get a chain of one."""
+Variable = tuple[tuple[str, ...], np.ndarray]
+"""Dims and values; those that begin with ``draw`` get a chain of one."""
+
+Variables = dict[str, Variable]
+"""A group, by variable."""
 
 _POSTERIOR, _PREDICTIVE, _PRIOR, _RESAMPLE = range(4)  # streams of random numbers
 
@@ -127,7 +130,13 @@ def to_arviz(
         "prior_predictive": names.observations(prior["observed"]),
         "observed_data": names.data(arrays, predictive),
     }
-    attrs = {
+    attrs = attributes(program, num_draws, seed)
+    return _wrap(_datasets(groups, coords or {}, attrs), attrs)
+
+
+def attributes(program: Any, num_draws: int, seed: int) -> dict[str, Any]:
+    """What every group and its container say of where they come from."""
+    return {
         "inference_library": "elbozoo",
         "inference_library_version": __version__,
         "engine": program.engine,
@@ -135,7 +144,6 @@ def to_arviz(
         "num_draws": num_draws,
         "seed": seed,
     }
-    return _wrap(_datasets(groups, coords or {}, attrs), attrs)
 
 
 def _wrap(groups: Mapping[str, xarray.Dataset], attrs: Mapping[str, Any]) -> Any:
@@ -211,23 +219,24 @@ class _Names:
         shape = getattr(spec, "image_shape", None) or getattr(getattr(spec, "network", None), "image_shape", None) or ()
         self.image_shape: tuple[int, ...] = tuple(shape[1:] if len(shape) == 3 and shape[0] == 1 else shape)
 
-    def latents(self, values: Mapping[str, np.ndarray]) -> Variables:
-        return {name: self._named(name, z, ("draw",), ()) for name, z in values.items()}
+    def latents(self, values: Mapping[str, np.ndarray], lead: tuple[str, ...] = ("draw",)) -> Variables:
+        return {name: self._named(name, z, lead, ()) for name, z in values.items()}
 
     def observations(self, values: Mapping[str, np.ndarray]) -> Variables:
         return {name: self._observation(name, x, ("draw",)) for name, x in values.items()}
 
     def data(self, arrays: Sequence[np.ndarray], like: Mapping[str, np.ndarray]) -> Variables:
         """Each observed site takes the first argument of the program that has its shape and no site yet."""
-        left = list(arrays)
         out: Variables = {}
-        for name, draws in like.items():
-            at = next((i for i, a in enumerate(left) if a.shape == draws.shape[1:]), None)
+        taken: set[int] = set()
+        for name, candidates in may_be(arrays, {name: draws.shape[1:] for name, draws in like.items()}).items():
+            at = next((i for i in candidates if i not in taken), None)
             if at is not None:
-                out[name] = self._observation(name, left.pop(at), ())
+                out[name] = self._observation(name, arrays[at], ())
+                taken.add(at)
         return out
 
-    def _observation(self, name: str, x: np.ndarray, lead: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
+    def _observation(self, name: str, x: np.ndarray, lead: tuple[str, ...]) -> Variable:
         shape: tuple[int, ...] = x.shape
         flat = shape[len(lead) : -1] == (self.num_data,)
         if flat and self.image_shape and math.prod(self.image_shape) == shape[-1]:
@@ -235,9 +244,7 @@ class _Names:
             return self._named(name, x, lead, ("channel", "height", "width")[-len(self.image_shape) :])
         return self._named(name, x, lead, ("pixel",) if flat and self.has_spec else ())
 
-    def _named(
-        self, name: str, values: np.ndarray, lead: tuple[str, ...], event: tuple[str, ...]
-    ) -> tuple[tuple[str, ...], np.ndarray]:
+    def _named(self, name: str, values: np.ndarray, lead: tuple[str, ...], event: tuple[str, ...]) -> Variable:
         shape = values.shape[len(lead) :]
         if name in self.dims:
             own = tuple(self.dims[name])
@@ -251,10 +258,16 @@ class _Names:
         return lead + plate + (event or numbered), values
 
 
+def may_be(arrays: Sequence[np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[int]]:
+    """By observed site, which arguments of the program have its shape: one of them is its data."""
+    return {name: [i for i, a in enumerate(arrays) if a.shape == shape] for name, shape in shapes.items()}
+
+
 def _datasets(
     groups: Mapping[str, Variables], coords: Mapping[str, Sequence[Any]], attrs: Mapping[str, Any]
 ) -> dict[str, xarray.Dataset]:
-    sizes: dict[str, int] = {"chain": 1}
+    groups = {group: {n: _chained(v) for n, v in variables.items()} for group, variables in groups.items()}
+    sizes: dict[str, int] = {}
     for variables in groups.values():
         for dims, values in variables.values():
             for dim, size in zip(dims, values.shape, strict=True):
@@ -272,9 +285,12 @@ def _datasets(
     for group, variables in groups.items():
         data = {}
         for name, (dims, values) in variables.items():
-            if dims[:1] == ("draw",):
-                dims, values = ("chain", *dims), values[None]
             data[name.replace("/", ".")] = (dims, values)  # a slash in a name is a path to xarray and netCDF
         used = dict.fromkeys(dim for dims, _ in data.values() for dim in dims)
         out[group] = xarray.Dataset(data, coords={dim: index[dim] for dim in used}, attrs=dict(attrs))
     return out
+
+
+def _chained(variable: Variable) -> Variable:
+    dims, values = variable
+    return (("chain", *dims), values[None]) if dims[:1] == ("draw",) else variable

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -31,3 +32,20 @@ def test_inpainting() -> None:
     assert 0.03 < means["nuts_pyro"] < 0.4
     z = {n: found[n].posterior["z"].mean(("chain", "draw")).values for n in ("nuts_numpyro", "svi_numpyro")}
     assert np.abs(z["nuts_numpyro"] - z["svi_numpyro"]).max() < 1.0
+
+
+@pytest.mark.numpyro
+@pytest.mark.arviz
+@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")  # ArviZ 0.23 under Matplotlib 3.11
+def test_ground_truth() -> None:
+    """NUTS converges on every digit, its draws and the guide's lie side by side, and the verdicts are what the arrays say."""
+    found: dict[str, Any] = {}
+    exec(compile(blocks("ground-truth.md"), "docs/ground-truth.md", "exec"), found)
+    pyplot.close("all")
+    truth, calibration = found["truth"], found["calibration"]
+    assert truth.converged.all()
+    assert truth.nuts["posterior"]["z"].dims == truth.guide["posterior"]["z"].dims
+    assert truth.nuts["posterior"]["z"].shape == truth.guide["posterior"]["z"].shape == (4, 300, 5, 4)
+    assert (truth.energy_distance < 0.5).all(), "a trained guide is in the right place"
+    assert calibration.ranks["z"].shape == (1000, 4)
+    assert len(found["figure"].axes) == 4
