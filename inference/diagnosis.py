@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
+from elbozoo.inference.calibration import Calibration, calibrate
 from elbozoo.inference.data import prepare
+from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.evaluation import LARGE_K, Evaluation, evaluate
+from elbozoo.inference.exact import exact_log_lik
 from elbozoo.inference.information import Bottleneck, bottleneck
+from elbozoo.inference.parts import whole_number
+from elbozoo.inference.suboptimality import Gaps, gaps
 
 COLLAPSED = 0.01
 """ε, nats: a dimension whose KL is below it for nearly all data carries nothing."""
@@ -27,13 +32,20 @@ class Diagnosis:
     Attributes:
         evaluation: likelihood, bound, rate and distortion (:class:`elbozoo.inference.Evaluation`).
         bottleneck: information, aggregate posterior and collapse (:class:`elbozoo.inference.Bottleneck`).
-        exact_nll, exact_nll_se: the mean of ``-log p(x)`` in closed form, where the model has one; else None.
+        exact_nll, exact_nll_se: the mean of ``-log p(x)`` in closed form or by enumeration, where the model has one;
+            else None.
+        gaps: the bound's gap, split (:class:`elbozoo.inference.Gaps`); None where it was not asked for or is refused.
+        calibration: the guide on the model's own data (:class:`elbozoo.inference.Calibration`); None as above.
+        refused: by instrument that the program does not allow, why.
     """
 
     evaluation: Evaluation
     bottleneck: Bottleneck
     exact_nll: float | None = None
     exact_nll_se: float | None = None
+    gaps: Gaps | None = None
+    calibration: Calibration | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def gap(self) -> float:
@@ -43,7 +55,8 @@ class Diagnosis:
     @property
     def verdict(self) -> list[str]:
         """One sentence or two on each question, figures included."""
-        return [*self._collapse(), self._nats(), self._looseness(), self._aggregate(), *self._advice()]
+        said = [*self._collapse(), self._nats(), self._looseness(), *self._split(), self._aggregate()]
+        return [*said, *self._calibrated(), *self._advice()]
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers and the verdict, for JSON; None where a number does not exist."""
@@ -59,6 +72,9 @@ class Diagnosis:
             "evaluation": self.evaluation.summary(),
             "bottleneck": information,
             **{k: v if v is None or math.isfinite(v) else None for k, v in exact.items()},
+            "gaps": None if self.gaps is None else self.gaps.summary(),
+            "calibration": None if self.calibration is None else self.calibration.summary(),
+            "refused": dict(self.refused),
             "verdict": self.verdict,
         }
 
@@ -99,6 +115,24 @@ class Diagnosis:
             f"samples is {found.nll:.2f} ± {found.nll_se:.2f}{trust}."
         )
 
+    def _split(self) -> list[str]:
+        found = self.gaps
+        if found is None:
+            return [f"The gap is not split: {self.refused['gaps']}"] if "gaps" in self.refused else []
+        said = (
+            f"On {found.num_data} of the data, whose log p(x) is {found.log_lik:.2f} ({found.log_lik_method}), the "
+            f"ELBO loses {found.approximation:.2f} ± {found.approximation_se:.2f} nats to the guide's family and "
+            f"{found.amortisation:.2f} ± {found.amortisation_se:.2f} to amortisation."
+        )
+        if found.richer is not None:
+            said += f" A full covariance could win {found.richer:.2f} ± {found.richer_se:.2f} of the first."
+        return [said]
+
+    def _calibrated(self) -> list[str]:
+        if self.calibration is None:
+            return [f"No calibration: {self.refused['calibration']}"] if "calibration" in self.refused else []
+        return self.calibration.verdict
+
     def _aggregate(self) -> str:
         found = self.bottleneck
         full = found.mutual_information > 0.9 * math.log(found.num_data)
@@ -124,14 +158,33 @@ class Diagnosis:
                 "first. If they collapse again, the likelihood itself has no use for them: at the optimum of a linear "
                 "decoder that is so when a direction's variance is below β σ²."
             )
-        if self.gap > LOOSE:
-            advice.append(
-                f"Next: IWAE with DReG, or a full-covariance guide: {self.gap:.1f} nats are lost between the guide and "
-                "the posterior."
-            )
+        advice += self._advice_on_the_gap()
         if found.marginal_kl > LOOSE and found.marginal_kl > 0.1 * found.rate:
             advice.append("Next: a learned prior; samples from this one land where no datum's posterior is.")
         return advice or ["Nothing here says that another objective would help."]
+
+    def _advice_on_the_gap(self) -> list[str]:
+        found, advice = self.gaps, []
+        if found is None:
+            if self.gap > LOOSE:
+                advice.append(
+                    f"Next: IWAE with DReG, or a richer guide: {self.gap:.1f} nats are lost between the guide and the "
+                    "posterior."
+                )
+            return advice
+        if found.amortisation > LOOSE and found.amortisation > 2 * found.amortisation_se:
+            advice.append(
+                f"Next: a larger encoder, or longer training of the guide alone: {found.amortisation:.1f} nats are the "
+                "network's, not the family's."
+            )
+        if found.approximation > LOOSE and found.approximation > 2 * found.approximation_se:
+            worth = found.richer is not None and found.richer > 0.5 * found.approximation
+            guide = f"a full-covariance guide (worth up to {found.richer:.1f})" if worth else "a flow as guide"
+            advice.append(
+                f"Next: {guide}, or IWAE with DReG, whose bound needs less of the guide: {found.approximation:.1f} "
+                "nats are beyond the family."
+            )
+        return advice
 
 
 def diagnose(
@@ -140,6 +193,8 @@ def diagnose(
     *,
     num_particles: int = 1000,
     num_data: int | None = 1000,
+    num_gaps: int = 50,
+    num_simulations: int = 500,
     seed: int = 0,
     progress: bool = False,
 ) -> Diagnosis:
@@ -152,20 +207,42 @@ def diagnose(
         num_particles: importance samples a datum, K of the NLL.
         num_data: so many of the data for the information (its cost is their square); None for all. The likelihood is
             that of all ``data``.
+        num_gaps: so many of the data for the split of the gap (:func:`elbozoo.inference.gaps`); 0 to leave it out.
+        num_simulations: of the calibration (:func:`elbozoo.inference.calibrate`); 0 to leave it out.
         seed: equal arguments give equal results.
         progress: show progress bars.
 
-    Returns: a :class:`Diagnosis`.
+    Returns: a :class:`Diagnosis`. Where a program does not allow the split or the calibration (discrete latents, flows,
+        data that are no argument of it), the diagnosis says why in its place.
     Raises: what :func:`~elbozoo.inference.evaluate` and :func:`~elbozoo.inference.bottleneck` raise.
     """
+    whole_number("num_gaps", num_gaps, least=0)
+    whole_number("num_simulations", num_simulations, least=0)
     program = getattr(run_or_program, "program", run_or_program)
     arrays = run_or_program.prepare(data) if program is not run_or_program else prepare(program, data)
-    exact: Float[np.ndarray, " N"] | None = None
-    if hasattr(program.spec, "log_prob"):
-        exact = np.asarray(program.spec.log_prob(program.weights, arrays[0]))
+    options: dict[str, Any] = {"seed": seed, "progress": progress}
+    evaluation = evaluate(program, arrays, num_particles=num_particles, **options)
+    information = bottleneck(program, arrays, num_data=num_data, **options)
+    exact = exact_log_lik(program, arrays)
+    refused: dict[str, str] = {}
+
+    def unless_refused(name: str, count: int, measure: Callable[[], Any]) -> Any:
+        try:
+            return measure() if count else None
+        except (InvalidArgument, Refused) as error:
+            refused[name] = str(error)
+            return None
+
     return Diagnosis(
-        evaluation=evaluate(program, arrays, num_particles=num_particles, seed=seed, progress=progress),
-        bottleneck=bottleneck(program, arrays, num_data=num_data, seed=seed, progress=progress),
+        evaluation=evaluation,
+        bottleneck=information,
         exact_nll=None if exact is None else float(-exact.mean()),
         exact_nll_se=None if exact is None or len(exact) < 2 else float(exact.std(ddof=1)) / math.sqrt(len(exact)),
+        gaps=unless_refused("gaps", num_gaps, lambda: gaps(program, arrays, num_data=num_gaps, **options)),
+        calibration=unless_refused(
+            "calibration",
+            num_simulations,
+            lambda: calibrate(program, arrays, num_simulations=num_simulations, **options),
+        ),
+        refused=refused,
     )

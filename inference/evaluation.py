@@ -36,7 +36,7 @@ Vector = Float[np.ndarray, " _"]
 
 
 def call_size(
-    arrays: tuple[np.ndarray, ...], num_particles: int, batch_size: int | None = None, memory_limit: int = 2**28
+    arrays: tuple[np.ndarray, ...], num_particles: int, batch_size: int | None = None, memory_limit: int = 2**30
 ) -> tuple[int, int]:
     """How many data and how many particles one call of the program handles, within about ``memory_limit`` bytes.
 
@@ -373,7 +373,7 @@ def evaluate(
     num_particles: int = 1000,
     seed: int = 0,
     batch_size: int | None = None,
-    memory_limit: int = 2**28,
+    memory_limit: int = 2**30,
     progress: bool = False,
 ) -> Evaluation:
     r"""Negative log likelihood by K importance samples a datum, and what the bound is made of.

@@ -16,7 +16,7 @@ from elbozoo.inference.errors import InvalidArgument
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SCRIPTS = {"__init__", "datasets", "records", "tables"}
-SMOKE = ["iwae_mnist", "overhead"]
+SMOKE = ["instruments", "iwae_mnist", "overhead"]
 
 
 def test_every_script_has_a_smoke_row() -> None:
@@ -29,7 +29,7 @@ def test_every_script_has_a_smoke_row() -> None:
 @pytest.mark.parametrize("name", SMOKE)
 def test_smoke(name: str, tmp_path: Path) -> None:
     command = [sys.executable, f"benchmarks/{name}.py", "--smoke", "--results", str(tmp_path / f"{name}.json")]
-    if name == "iwae_mnist":
+    if name in ("instruments", "iwae_mnist"):
         command += ["--checkpoints", str(tmp_path / "checkpoints")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # also where the package is not installed
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

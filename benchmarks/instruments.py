@@ -1,0 +1,269 @@
+"""Do the instruments agree with one another on a VAE trained on MNIST, and what do they cost?
+
+A 784-200-200-20 VAE (tanh, Bernoulli, diagonal Gaussian guide) is trained on MNIST by the ELBO. Then, on test images:
+the ELBO, importance sampling (K = 5000) and annealed importance sampling estimate ``log p(x)``, which they must do in
+this order; annealing there and back brackets it on data of the model's own; the gap is split; the rate is split; NUTS is
+held against the guide on images whose k̂ is low and on images whose k̂ is high; and the time of ``diagnose`` on 1000
+images and the peak memory of importance sampling at K = 500 and K = 50,000 are measured.
+
+    python benchmarks/instruments.py --data-dir DIR
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from elbozoo.benchmarks.datasets import load
+from elbozoo.benchmarks.records import Record
+from elbozoo.inference import (
+    Run,
+    annealed_importance_sampling,
+    bottleneck,
+    bracket,
+    diagnose,
+    evaluate,
+    fit,
+    gaps,
+    ground_truth,
+)
+from elbozoo.inference.evaluation import LARGE_K
+from elbozoo.zoo import MLP, VAE
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the benchmark.
+
+    Args:
+        data: data set.
+        data_dir: folder with the files; ELBOZOO_DATA or a download otherwise.
+        epochs: of training.
+        hidden, latent_dim: sizes of the networks.
+        num_particles: K of importance sampling.
+        num_annealed: images for annealed importance sampling, for the bracket and for the gaps.
+        num_temperatures, num_chains: of annealed importance sampling (Wu et al. 2016 have 10,000 and 16).
+        num_posteriors: images for NUTS: half with the lowest k̂ of ``num_data``, half with the highest.
+        num_draws: draws of each of four chains of NUTS.
+        num_data: images for ``diagnose``, for the split of the rate and to choose from for NUTS.
+        many_particles: K at which the peak memory is measured, the lower and the higher.
+        results: JSON file to write and to go on from.
+        checkpoints: folder for the trained model.
+        smoke: a few seconds on digits, to see that it runs.
+    """
+
+    data: str = "mnist"
+    data_dir: Path | None = None
+    epochs: int = 15
+    hidden: int = 200
+    latent_dim: int = 20
+    num_particles: int = 5000
+    num_annealed: int = 100
+    num_temperatures: int = 500
+    num_chains: int = 16
+    num_posteriors: int = 24
+    num_draws: int = 500
+    num_data: int = 1000
+    many_particles: tuple[int, int] = (500, 50_000)
+    results: Path = Path("benchmarks/results/instruments.json")
+    checkpoints: Path = Path("runs/instruments")
+    smoke: bool = False
+
+
+class Bench:
+    """The trained model, its test data and the cells."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        data = load(config.data, data_dir=config.data_dir)
+        spec = VAE(data.train.shape[1], config.latent_dim, network=MLP(hidden=(config.hidden,) * 2, activation="tanh"))
+        self.folder = config.checkpoints / f"{config.data}-{config.epochs}-{config.hidden}-{config.latent_dim}"
+        settings: dict[str, Any] = {"epochs": config.epochs, "batch_size": 100, "binarize": "stochastic"}
+        self.run: Run = fit(spec.numpyro(), data.train, **settings, directory=self.folder, resume=True)
+        self.x = self.run.prepare(data.test)[0]
+        self.images = data.test
+
+    def training(self) -> dict[str, Any]:
+        """What the model is."""
+        found = self.run.history[-1]
+        return {"epochs": self.config.epochs, "seconds": sum(r["seconds"] for r in self.run.history), **found}
+
+    def likelihood(self) -> dict[str, Any]:
+        """ELBO, importance sampling and annealed importance sampling on the same images."""
+        c, x = self.config, self.x[: self.config.num_annealed]
+        program = self.run.program
+        importance = evaluate(program, x, num_particles=c.num_particles)
+        annealed = annealed_importance_sampling(
+            program, x, num_temperatures=c.num_temperatures, num_chains=c.num_chains, progress=True
+        )
+        columns = {
+            "elbo": importance.per_datum.elbo,
+            "importance": importance.per_datum.log_lik_estimate,
+            "annealed": annealed.log_lik_estimate,
+        }
+        paired = {
+            f"{b} - {a}": _mean(columns[b] - columns[a])
+            for a, b in (("elbo", "importance"), ("importance", "annealed"))
+        }
+        return {
+            "num_data": len(x),
+            **{name: _mean(column) for name, column in columns.items()},
+            "paired": paired,
+            "importance_mc_se": importance.nll_mc_se,
+            "annealed_mc_se": annealed.mc_se,
+            "annealed_ess_median": float(np.median(annealed.ess)),
+            "acceptance": annealed.acceptance,
+            "seconds": {"importance": importance.seconds, "annealed": annealed.seconds},
+        }
+
+    def bracket(self) -> dict[str, Any]:
+        """``log p(x)`` of simulated data from below and from above."""
+        c = self.config
+        options = {"num_temperatures": c.num_temperatures, "num_chains": c.num_chains}
+        found = bracket(self.run.program, self.x[: c.num_annealed], **options, progress=True)  # type: ignore[arg-type]
+        return {
+            "num_data": len(found.lower),
+            "lower": _mean(found.lower),
+            "upper": _mean(found.upper),
+            "gap": {"mean": found.gap, "se": found.gap_se},
+            "acceptance": found.acceptance,
+            "seconds": found.seconds,
+        }
+
+    def gaps(self) -> dict[str, Any]:
+        """Approximation and amortisation."""
+        began = time.perf_counter()
+        found = gaps(self.run.program, self.x, num_data=self.config.num_annealed, progress=True)
+        return {**found.summary(), "seconds": time.perf_counter() - began}
+
+    def surgery(self) -> dict[str, Any]:
+        """The split of the rate, and the identities that it has to satisfy."""
+        found = bottleneck(self.run.program, self.x, num_data=self.config.num_data, progress=True)
+        evaluation = evaluate(self.run.program, self.x[: self.config.num_data], num_particles=100)
+        names = ("num_data", "rate", "rate_se", "mutual_information", "mutual_information_se")
+        names += ("mutual_information_upper", "marginal_kl", "marginal_kl_se")
+        return {
+            **{name: getattr(found, name) for name in names},
+            "active_units": found.active_units,
+            "elbo": evaluation.elbo,
+            "elbo_rate": evaluation.rate,
+            "elbo_distortion": evaluation.distortion,
+        }
+
+    def posterior(self) -> dict[str, Any]:
+        """NUTS against the guide, where k̂ is lowest and where it is highest."""
+        c = self.config
+        k_hat = evaluate(self.run.program, self.x[: c.num_data], num_particles=1000).per_datum.k_hat
+        order, half = np.argsort(k_hat), c.num_posteriors // 2
+        chosen = np.concatenate([order[:half], order[-half:]])
+        began = time.perf_counter()
+        found = ground_truth(
+            self.run.program, self.x[chosen], num_warmup=c.num_draws, num_draws=c.num_draws, progress=True
+        )
+        return {
+            "images": chosen.tolist(),
+            "k_hat_of_all": {q: float(np.quantile(k_hat, float(q))) for q in ("0.01", "0.5", "0.99")},
+            "k_hat": found.k_hat.tolist(),
+            "agree": found.agree().tolist(),
+            "energy_distance": found.energy_distance.tolist(),
+            "energy_floor": found.energy_floor.tolist(),
+            "summary": found.summary(),
+            "seconds": time.perf_counter() - began,
+        }
+
+    def cost(self) -> dict[str, Any]:
+        """Seconds of ``diagnose`` with its defaults, compilation included."""
+        began = time.perf_counter()
+        found = diagnose(self.run, self.images[: self.config.num_data], progress=True)
+        seconds = time.perf_counter() - began
+        return {"num_data": self.config.num_data, "seconds": seconds, "verdict": found.verdict}
+
+    def memory(self, num_particles: int) -> dict[str, Any]:
+        """Peak memory of importance sampling in a process of its own, less what it took to start."""
+        self.x[:20].astype(np.float32).tofile(self.folder / "few.f32")
+        command = [sys.executable, "-c", PEAK, str(self.folder), str(num_particles), str(self.x.shape[1])]
+        root = str(Path(__file__).resolve().parents[1])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+PEAK = """
+import json, resource, sys, time
+import numpy as np
+from elbozoo.inference import Run, evaluate
+folder, num_particles, dim = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+program = Run.load(folder).program
+x = np.fromfile(folder + "/few.f32", np.float32).reshape(-1, dim)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+evaluate(program, x[:1], num_particles=2)
+before, began = peak(), time.perf_counter()
+evaluate(program, x, num_particles=num_particles)
+seconds = time.perf_counter() - began
+print(json.dumps({"num_data": len(x), "bytes": peak() - before, "bytes_before": before, "seconds": seconds}))
+"""
+
+
+def _mean(x: np.ndarray) -> dict[str, float]:
+    return {"mean": float(x.mean()), "se": float(x.std(ddof=1)) / math.sqrt(len(x))}
+
+
+def checks(cells: dict[str, Any], config: Config) -> dict[str, bool]:
+    """Each claim, and whether it held."""
+    pairs, both, split = cells["likelihood"]["paired"], cells["bracket"], cells["surgery"]
+    first, second = pairs["importance - elbo"], pairs["annealed - importance"]
+    k_hat, agree = (np.array(cells["posterior"][name]) for name in ("k_hat", "agree"))
+    low = k_hat < LARGE_K
+    few, many = config.many_particles
+    peak, gap = max(cells[f"memory-{k}"]["bytes"] for k in (few, many)), both["gap"]
+    rest = split["rate"] - split["mutual_information"] - split["marginal_kl"]
+    return {
+        f"ELBO < IS (K={config.num_particles})": first["mean"] > 3 * first["se"],
+        f"IS (K={config.num_particles}) <= AIS within 3 standard errors": second["mean"] > -3 * second["se"],
+        "forward and backward AIS bracket log p(x) within 3 standard errors": both["gap"]["mean"]
+        > -3 * both["gap"]["se"],
+        "rate = I(x; z) + KL(q(z) || p(z)) to 1e-3 nats": abs(rest) < 1e-3,
+        "-ELBO = rate + distortion to 1e-6 of it": abs(split["elbo"] + split["elbo_rate"] + split["elbo_distortion"])
+        < 1e-6 * abs(split["elbo"]),
+        f"I(x; z) <= log {split['num_data']}": split["mutual_information"] <= math.log(split["num_data"]),
+        f"NUTS and guide agree on every image whose k̂ < {LARGE_K} ({low.sum()} images)": bool(agree[low].all()),
+        f"NUTS and guide differ on every other image ({(~low).sum()} images)": bool((~agree[~low]).all()),
+        "diagnose takes less than 180 s": cells["cost"]["seconds"] < 180,
+        f"peak memory below 1 GiB at K = {few} and {many}": max(cells[f"memory-{k}"]["bytes"] for k in (few, many))
+        < GIB,
+    }
+
+
+def main(config: Config) -> None:
+    """Measure every cell, then say which claims held."""
+    if config.smoke:
+        small: dict[str, Any] = {"epochs": 1, "hidden": 16, "latent_dim": 2, "num_particles": 50, "num_annealed": 4}
+        small |= {"num_temperatures": 4, "num_chains": 2, "num_posteriors": 2, "num_draws": 20, "num_data": 30}
+        results = config.results.with_name("smoke_instruments.json")
+        config = replace(config, data="digits", many_particles=(10, 20), results=results, smoke=False, **small)
+    record = Record(config.results, __doc__ or "", config, ("numpyro",))
+    bench = Bench(config)
+    names = ("training", "likelihood", "bracket", "gaps", "surgery", "posterior", "cost")
+    cells = {name: record.cell(name, getattr(bench, name)) for name in names}
+    for k in config.many_particles:
+        cells[f"memory-{k}"] = record.cell(f"memory-{k}", lambda k=k: bench.memory(k))
+    found = checks(cells, config)
+    record.check(found)
+    for claim, good in found.items():
+        print(f"{'holds' if good else 'DOES NOT HOLD'}: {claim}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
