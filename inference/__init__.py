@@ -11,6 +11,7 @@ from elbozoo.inference.information import Bottleneck, bottleneck
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Bound, Objective, Renyi
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.posterior import to_arviz
+from elbozoo.inference.rate_distortion import RateDistortion, RatePoint, rate_distortion
 from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, Shape
 from elbozoo.inference.terms import Site, Terms
 from elbozoo.inference.training import Run, fit
@@ -40,6 +41,8 @@ __all__ = [
     "NonFinite",
     "Objective",
     "Pathwise",
+    "RateDistortion",
+    "RatePoint",
     "Refused",
     "Renyi",
     "Run",
@@ -51,5 +54,6 @@ __all__ = [
     "diagnose",
     "evaluate",
     "fit",
+    "rate_distortion",
     "to_arviz",
 ]
