@@ -142,13 +142,11 @@ def collapse_curve(found: Mapping[str, Bottleneck | Mapping[str, ArrayLike]], ep
     low, high = 1e-4, max(1.0, 2 * float(above.max()))
     for i, (label, value) in enumerate(least.items()):
         value = np.sort(np.clip(value, low, None))
-        axes.step(
-            [low, *value, high], [0, *np.arange(1, len(value) + 1), len(value)], where="post", label=label, **_stroke(i)
-        )
+        count = [0, *np.arange(1, len(value) + 1), len(value)]
+        axes.step([low, *value, high], count, where="post", label=label, **_stroke(i))
     axes.axvline(epsilon, color="0.6", linewidth=0.8)
-    axes.text(
-        epsilon, 1.0, f" ε = {epsilon:g}", va="top", color="0.35", fontsize=8, transform=axes.get_xaxis_transform()
-    )
+    at_top = {"va": "top", "transform": axes.get_xaxis_transform()}
+    axes.text(epsilon, 1.0, f" ε = {epsilon:g}", color="0.35", fontsize=8, **at_top)
     delta = {value.delta for value in found.values() if isinstance(value, Bottleneck)}
     share = f"{1 - delta.pop():.0%} of the data" if len(delta) == 1 else "nearly all data"
     axes.set(xscale="log", xlim=(low, high), xlabel="ε, nats", ylabel="dimensions")
@@ -185,11 +183,9 @@ def rate_distortion_plane(
         frontier = curve.frontier()
         axes.plot([p.rate for p in frontier], [p.distortion for p in frontier], color=DARK, linewidth=1, zorder=2)
         for i, point in enumerate(curve.points):
-            hollow = "1.0" if point not in frontier else DARK
-            label = "trained under β" if i == 0 else None
-            _error_bars(
-                axes, point, marker="o", color=DARK, markerfacecolor=hollow, markersize=4, label=label, zorder=3
-            )
+            marks = {"marker": "o", "markersize": 4, "color": DARK}
+            marks["markerfacecolor"] = DARK if point in frontier else "1.0"
+            _error_bars(axes, point, label="trained under β" if i == 0 else None, zorder=3, **marks)
             near = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 8}
             axes.annotate(f"β = {point.beta:g}", (point.rate, point.distortion), **near)
     for i, (label, model) in enumerate(models.items()):
@@ -261,7 +257,7 @@ def gap_waterfall(gaps: Any) -> Figure:
 
 
 def aggregate_posterior(
-    run: Run, data: Any, labels: Sequence[Any] | None = None, *, projection: str = "active", seed: int = 0
+    run: Run, data: Any, labels: ArrayLike | None = None, *, projection: str = "active", seed: int = 0
 ) -> Figure:
     """One draw of q(z|x) for each datum in two dimensions, over the prior's contours.
 
@@ -314,7 +310,7 @@ def _contours(axes: Axes, prior: np.ndarray) -> None:
         axes.contour(*grid, height, levels=levels, colors="0.55", linewidths=(0.7, 0.9, 1.1), zorder=3)
 
 
-def _scatter(axes: Axes, points: np.ndarray, labels: Sequence[Any] | None) -> None:
+def _scatter(axes: Axes, points: np.ndarray, labels: ArrayLike | None) -> None:
     if labels is None:
         axes.scatter(*points.T, s=6, color=DARK, alpha=0.6, linewidths=0)
         return
@@ -573,7 +569,7 @@ def _tiles(run: Run, data: np.ndarray, columns: int, names: Sequence[str] = (), 
 
 def _mosaic(grid: np.ndarray) -> np.ndarray:
     """Images ``(rows, columns, height, width)`` side by side, with gaps between them."""
-    height, width = grid.shape[2:]
+    height = grid.shape[2]
     gap = max(1, height // 12)
     grid = np.pad(grid, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)
     return grid.transpose(0, 2, 1, 3).reshape(len(grid) * (height + gap), -1)[:-gap, :-gap]

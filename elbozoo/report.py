@@ -1,7 +1,7 @@
 """Offline HTML pages: about several runs, how they differ; about one run, whether it is stuck and why.
 
-``runs`` and ``evaluations`` are dicts with the same labels. Every figure is in nats per datum. The pictures are those of
-:mod:`elbozoo.pictures`.
+``runs`` and ``evaluations`` are dicts with the same labels. Every figure is in nats per datum. The pictures are
+those of :mod:`elbozoo.pictures`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from elbozoo import pictures
 from elbozoo._version import __version__
-from elbozoo.inference import Diagnosis, RateDistortion, Run
+from elbozoo.inference import Diagnosis, Evaluation, RateDistortion, Run
 from elbozoo.inference.storage import write_atomically
 from elbozoo.options import describe
 from elbozoo.pictures import Evaluations, Runs
@@ -98,7 +99,7 @@ def write_diagnosis(
     path: str | Path,
     *,
     label: str = "this run",
-    labels: Sequence[Any] | None = None,
+    labels: ArrayLike | None = None,
     curve: RateDistortion | None = None,
 ) -> Path:
     """One self-contained HTML page on whether a run is stuck and why: all of its report, and the diagnosis.
@@ -135,6 +136,7 @@ def figures(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
     """The figures behind a verdict: what it is, its value with its standard error, what it means."""
     evaluation, found, gaps = diagnosis.evaluation, diagnosis.bottleneck, getattr(diagnosis, "gaps", None)
     nll = f"NLL, K = {evaluation.num_particles}"
+    rows: list[tuple[str, float, float | None, str]]
     rows = [(nll, evaluation.nll, evaluation.nll_se, "−log p(x) by importance sampling; lower is better")]
     if diagnosis.exact_nll is not None:
         rows.append(("NLL, exact", diagnosis.exact_nll, diagnosis.exact_nll_se, "−log p(x) in closed form"))

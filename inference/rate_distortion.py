@@ -116,7 +116,7 @@ class RateDistortion:
         names = ("beta", "rate", "rate_se", "distortion", "distortion_se", "nll", "nll_se", "num_particles", "elbo")
         points = []
         for point in self.points:
-            row = {name: _plain(getattr(point, name)) for name in names}
+            row: dict[str, Any] = {name: _plain(getattr(point, name)) for name in names}
             row["active_units"] = dict(point.active_units)
             row["collapse_epsilon"] = {n: [float(v) for v in e] for n, e in point.collapse_epsilon.items()}
             points.append(row)
