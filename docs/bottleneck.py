@@ -64,7 +64,7 @@ class Size:
     betas: tuple[float, ...] = BETAS
 
 
-SMALL = Size(linear_steps=20, epochs=2, seeds=2, num_particles=5, hidden=(8,), betas=(0.5, 1.0))
+SMALL = Size(linear_steps=20, epochs=2, seeds=1, num_particles=5, hidden=(8,), betas=(0.5, 1.0))
 
 
 @dataclass
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     page = Page({"small": asked.small, "versions": environment("numpyro")}, {}, {})
     size = SMALL if asked.small else Size()
-    for part in (linear_model, linear_curve, starts, equal_likelihood, digits, remedies, study):
+    for part in PARTS:
         part(page, size)
     wrong = [claim for claim, holds in page.claims.items() if not holds]
     if wrong and not asked.small:
@@ -173,7 +173,7 @@ def waterfilling() -> Figure:
 def linear_curve(page: Page, size: Size) -> None:
     """Trained under each β, the linear model is on the closed form's curve, and its slope is β."""
     found = rate_distortion(
-        SPEC.numpyro(), GREY, size.betas, num_particles=size.num_particles // 10 + 1, epochs=size.linear_steps,
+        SPEC.numpyro(), GREY, size.betas, num_particles=min(size.num_particles, 100), epochs=size.linear_steps,
         batch_size=len(GREY), learning_rate=Falling(0.05, size.linear_steps), progress=False,
     )  # fmt: skip
     level = np.geomspace(0.2, 5.0, 60)
@@ -396,6 +396,8 @@ def study(page: Page, size: Size) -> None:
             "checks": tables._checks(record),
         }
 
+
+PARTS = (linear_model, linear_curve, starts, equal_likelihood, digits, remedies, study)
 
 if __name__ == "__main__":
     sys.exit(main())

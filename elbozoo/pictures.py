@@ -176,7 +176,7 @@ def rate_distortion_plane(
         curve: a sweep over β, drawn as points along its frontier, each with its β.
         exact: rates and distortions of a curve that is known, drawn as a line.
     """
-    figure, (axes,) = _panels(1, width=5, height=4)
+    figure, (axes,) = _panels(1, width=5, height=4.4)
     if exact is not None:
         axes.plot(*exact, color=LIGHT, linewidth=3, label="closed form", zorder=1)
     if curve is not None:
@@ -193,6 +193,8 @@ def rate_distortion_plane(
         _error_bars(axes, model, label=label, zorder=4, **marks)
     axes.set(xlabel="rate, nats per datum", ylabel="distortion, nats per datum")
     axes.margins(0.12)
+    if curve is None and exact is None:
+        _square(axes)
     _lines_of_equal_elbo(axes)
     if models or exact is not None:
         axes.legend(frameon=False, fontsize=8, loc="upper right")
@@ -202,6 +204,14 @@ def rate_distortion_plane(
 def _error_bars(axes: Axes, point: Any, **marks: Any) -> None:
     errors = {"xerr": getattr(point, "rate_se", 0.0), "yerr": getattr(point, "distortion_se", 0.0)}
     axes.errorbar(point.rate, point.distortion, linestyle="", elinewidth=0.8, **errors, **marks)
+
+
+def _square(axes: Axes) -> None:
+    """As many nats up as across, from a rate of 0: an error bar alone says nothing of the scale."""
+    (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    span = 1.2 * max(right, top - bottom)
+    middle = 0.5 * (bottom + top)
+    axes.set(xlim=(0.0, span), ylim=(middle - 0.5 * span, middle + 0.5 * span))
 
 
 def _lines_of_equal_elbo(axes: Axes, count: int = 7) -> None:
@@ -301,8 +311,8 @@ def _projection(latents: _Latents, site: str, projection: str) -> tuple[np.ndarr
 def _contours(axes: Axes, prior: np.ndarray) -> None:
     from scipy.stats import gaussian_kde  # a slow import that only this picture needs
 
-    density = gaussian_kde(prior.T)
-    levels = np.quantile(density(prior[:1000].T), (0.01, 0.1, 0.5))
+    density = gaussian_kde(prior.T, bw_method=0.35)  # smooth out to the last contour, which few draws lie beyond
+    levels = np.quantile(density(prior.T), (0.01, 0.1, 0.5))
     low, high = prior.min(axis=0), prior.max(axis=0)
     grid = np.meshgrid(*(np.linspace(a, b, 60) for a, b in zip(low, high, strict=True)))
     height = density(np.stack([g.ravel() for g in grid])).reshape(grid[0].shape)
