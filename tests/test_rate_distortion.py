@@ -110,12 +110,13 @@ def test_equal_seeds_and_data_in_parts(engine: str) -> None:
     assert one.points[0].collapse_epsilon["z"].shape == (2,)
 
 
-def point(beta: float, rate: float, distortion: float, spread: np.ndarray | None = None) -> RatePoint:
-    spread = np.zeros(2) if spread is None else spread
+def point(beta: float, rate: float, distortion: float, spread: float = 0.0, of_rate: float = 0.0) -> RatePoint:
+    """Two data, that far to either side of the mean."""
+    sides = np.array([-1.0, 1.0])
     return RatePoint(
         beta=beta, rate=rate, rate_se=0.1, distortion=distortion, distortion_se=0.1, nll=1.0, nll_se=math.nan,
-        num_particles=1, active_units={}, collapse_epsilon={}, rate_per_datum=rate + 0 * spread,
-        distortion_per_datum=distortion + spread, run=None,
+        num_particles=1, active_units={}, collapse_epsilon={}, rate_per_datum=rate + of_rate * sides,
+        distortion_per_datum=distortion + spread * sides, run=None,
     )  # fmt: skip
 
 
@@ -125,10 +126,11 @@ def test_frontier_and_slopes_by_hand() -> None:
     found = RateDistortion(tuple(point(*p) for p in reversed(points)), 2, 0.01)
     assert [p.rate for p in found.frontier()] == [0.0, 2.0, 4.0]
     assert [s.slope for s in found.slopes()] == pytest.approx([-1.0, 0.25, 2.5, 0.5])
-    spread = np.array([-0.3, 0.3])
-    noisy = RateDistortion((point(1, 2.0, 1.0), point(2, 1.0, 3.0, spread)), 2, 0.01)
+    noisy = RateDistortion((point(1, 2.0, 1.0), point(2, 1.0, 3.0, 0.3)), 2, 0.01)
     assert noisy.slopes()[0].slope == pytest.approx(2.0)
     assert noisy.slopes()[0].se == pytest.approx(0.3)  # sd of ±0.3 is 0.3 √2, over √2 data, over a rate of 1
+    along = RateDistortion((point(1, 2.0, 1.0), point(2, 1.0, 3.0, 0.2, of_rate=-0.1)), 2, 0.01)
+    assert along.slopes()[0].se == pytest.approx(0.0), "data that lie along the slope leave no doubt of it"
     equal = RateDistortion((point(1, 2.0, 1.0), point(2, 2.0, 3.0)), 2, 0.01)
     assert math.isnan(equal.slopes()[0].slope)
     assert equal.summary()["slopes"][0]["slope"] is None

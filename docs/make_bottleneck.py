@@ -1,10 +1,11 @@
 """Write ``docs/bottleneck.md`` and its figures: every number and every picture on that page comes from here.
 
-python docs/bottleneck.py                       # about two minutes on two cores
-python docs/bottleneck.py --small --out FOLDER  # seconds, to see that it runs
+python docs/make_bottleneck.py                       # about two minutes on two cores
+python docs/make_bottleneck.py --small --out FOLDER  # seconds, to see that it runs
 
 The words are in ``docs/bottleneck.md.j2``. They say what the numbers say: each claim that they rest on is checked, and
-the page is not written where one does not hold.
+the page is not written where one does not hold. (This file is not called bottleneck.py: pandas looks for a module of
+that name, and would find it.)
 """
 
 from __future__ import annotations
@@ -46,8 +47,11 @@ from elbozoo.zoo.linear_vae import direction_value, kl_per_direction, squared_er
 HERE = Path(__file__).resolve().parent
 STUDY = tables.RESULTS / "local_minima.json"
 
-S2 = 0.1  # the linear decoder's variance: twelve of the sixteen leading directions of the digits are above it
-LATENTS = 16
+S2 = 0.33  # the linear decoder's variance: four of the eight leading directions of the digits are above it
+LATENTS = 8  # of the linear model
+LIVE = 4
+VAE_LATENTS = 16
+LINEAR_BETAS = (0.25, 0.5, 1.0, 2.0)
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 BATCH = 100
 
@@ -61,10 +65,13 @@ class Size:
     seeds: int = 3
     num_particles: int = 1000
     hidden: tuple[int, ...] = (100, 100)
+    linear_betas: tuple[float, ...] = LINEAR_BETAS
     betas: tuple[float, ...] = BETAS
 
 
-SMALL = Size(linear_steps=20, epochs=2, seeds=1, num_particles=5, hidden=(8,), betas=(0.5, 1.0))
+SMALL = Size(
+    linear_steps=20, epochs=2, seeds=1, num_particles=5, hidden=(8,), linear_betas=(0.5, 1.0), betas=(0.5, 1.0)
+)
 
 
 @dataclass
@@ -125,7 +132,7 @@ def linear_model(page: Page, size: Size) -> None:
     served = EIGENVALUES[:LATENTS]
     kl, value = kl_per_direction(served, S2), direction_value(served, S2)
     rows = []
-    for i in (0, 1, 3, 7, 11, 12, 15):
+    for i in range(LATENTS):
         row = {"direction": str(i + 1), "λ": f"{served[i]:.3f}", "λ / σ²": f"{served[i] / S2:.2f}"}
         row |= {"KL, nats": f"{kl[i]:.3f}", "worth, nats": f"{value[i]:.3f}"}
         row["posterior variance"] = f"{min(1.0, S2 / served[i]):.3f}"
@@ -139,7 +146,7 @@ def linear_model(page: Page, size: Size) -> None:
     }  # fmt: skip
     page.figures["waterfilling"] = waterfilling()
     page.claims["losing a direction costs its value"] = abs(best - lost - value[0]) < 1e-6
-    page.claims["twelve directions are live"] = int((kl > 0).sum()) == 12
+    page.claims["four directions are live"] = int((kl > 0).sum()) == LIVE
 
 
 def without(weights: dict[str, np.ndarray], latent: int) -> dict[str, np.ndarray]:
@@ -156,7 +163,7 @@ def waterfilling() -> Figure:
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     place, value = np.arange(1, LATENTS + 1), EIGENVALUES[:LATENTS]
-    for axes, beta in zip(panels, (0.5, 1.0, 3.0), strict=True):
+    for axes, beta in zip(panels, (0.5, 1.0, 1.7), strict=True):
         theta = beta * S2
         axes.bar(place, np.minimum(value, theta), color=pictures.LIGHT, width=0.85)
         axes.bar(place, np.maximum(value - theta, 0.0), bottom=theta, color=pictures.DARK, width=0.85)
@@ -173,25 +180,29 @@ def waterfilling() -> Figure:
 def linear_curve(page: Page, size: Size) -> None:
     """Trained under each β, the linear model is on the closed form's curve, and its slope is β."""
     found = rate_distortion(
-        SPEC.numpyro(), GREY, size.betas, num_particles=min(size.num_particles, 100), epochs=size.linear_steps,
-        batch_size=len(GREY), learning_rate=Falling(0.05, size.linear_steps), progress=False,
-    )  # fmt: skip
-    level = np.geomspace(0.2, 5.0, 60)
-    exact = np.array([closed_form(beta) for beta in level]).T
-    rows, worst = [], 0.0
+        SPEC.numpyro(),
+        GREY,
+        size.linear_betas,
+        num_particles=min(size.num_particles, 100),
+        epochs=size.linear_steps,
+        batch_size=len(GREY),
+        learning_rate=Falling(0.05, 0.001, size.linear_steps),
+        progress=False,
+    )
+    exact = np.array([closed_form(beta) for beta in np.geomspace(0.2, 2.2, 60)]).T
+    rows, shortfall = [], []
     for point in found.points:
         rate, distortion = closed_form(point.beta)
-        worst = max(worst, abs(point.rate - rate), abs(point.distortion - distortion))
+        shortfall.append(point.distortion - distortion + point.beta * (point.rate - rate))
         row = {"β": f"{point.beta:g}", "rate, trained": f"{point.rate:.3f}", "closed form": f"{rate:.3f}"}
         row |= {"distortion, trained": f"{point.distortion:.3f}", "closed form ": f"{distortion:.3f}"}
         rows.append(row | {"live": str(point.active_units["z"])})
-    slopes = [f"{s.slope:.2f} ± {s.se:.2f} between β = {s.low:g} and {s.high:g}" for s in found.slopes()]
-    page.numbers |= {"linear_points": rows, "linear_worst": worst, "slopes": slopes}
+    slopes = [f"{s.slope:.3f} ± {s.se:.3f} between β = {s.low:g} and {s.high:g}" for s in found.slopes()]
+    page.numbers |= {"linear_points": rows, "shortfall": max(map(abs, shortfall)), "slopes": slopes}
     page.figures["linear_curve"] = pictures.rate_distortion_plane({}, found, (exact[0], exact[1]))
-    page.claims["training is on the curve"] = worst < 0.1
-    page.claims["each slope lies between its two β"] = all(
-        s.low - 2 * s.se < s.slope < s.high + 2 * s.se for s in found.slopes()
-    )
+    page.claims["training is on the curve"] = max(map(abs, shortfall)) < 0.03
+    within = [s.low - 2 * s.se < s.slope < s.high + 2 * s.se for s in found.slopes()]
+    page.claims["each slope lies between its two β"] = all(within)
 
 
 def closed_form(beta: float) -> tuple[float, float]:
@@ -203,27 +214,28 @@ def closed_form(beta: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Falling:
-    """A learning rate that falls to 0 in a straight line."""
+    """A learning rate that falls by the same factor every step."""
 
     start: float
+    end: float
     steps: int
 
     def __call__(self, step: Any) -> Any:
-        return self.start * (1.0 - step / self.steps)
+        return self.start * (self.end / self.start) ** (step / self.steps)
 
 
 def starts(page: Page, size: Size) -> None:
     """Whatever it starts from, the linear model ends at the one optimum: also from collapse, and back into it."""
     rng = np.random.default_rng(0)
     nothing = {n: 1e-3 * rng.normal(size=w.shape) for n, w in SPEC.optimum(GREY).items()}
-    everything = SPEC.optimum(GREY, beta=0.2)  # all sixteen directions are live
+    everything = SPEC.optimum(GREY, beta=0.2)  # all eight directions are live
     programs = {f"random start {i + 1}": (SPEC.numpyro(), i) for i in range(size.seeds)}
     programs["collapsed start"] = (SPEC.numpyro().with_weights(nothing), 0)
-    programs["all sixteen live"] = (SPEC.numpyro().with_weights(everything), 0)
+    programs["all eight live"] = (SPEC.numpyro().with_weights(everything), 0)
     runs = {
         name: fit(
             program, GREY, seed=seed, epochs=size.linear_steps, batch_size=len(GREY),
-            learning_rate=Falling(0.05, size.linear_steps), progress=False,
+            learning_rate=Falling(0.05, 0.001, size.linear_steps), progress=False,
         )
         for name, (program, seed) in programs.items()
     }  # fmt: skip
@@ -237,7 +249,7 @@ def starts(page: Page, size: Size) -> None:
     page.numbers |= {"starts": rows, "worst_start": max(short.values())}
     page.figures["starts"] = approach(runs, best)
     page.claims["every start reaches the optimum"] = max(short.values()) < 0.05
-    page.claims["the same twelve directions live in the end"] = set(live.values()) == {12}
+    page.claims["four directions live in the end"] = set(live.values()) == {LIVE}
 
 
 def live_directions(weights: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -305,7 +317,7 @@ def objectives(size: Size) -> dict[str, Objective]:
 
 
 def vae(size: Size) -> Any:
-    return VAE(64, latent_dim=LATENTS, network=MLP(hidden=size.hidden)).numpyro()
+    return VAE(64, latent_dim=VAE_LATENTS, network=MLP(hidden=size.hidden)).numpyro()
 
 
 def options(size: Size) -> dict[str, Any]:
@@ -369,7 +381,7 @@ def remedies(page: Page, size: Size) -> None:
             digits = 0 if key == "active units" else 2
             row[key] = f"{min(v):.{digits}f} – {max(v):.{digits}f}"
         rows.append(row)
-    page.numbers |= {"remedies": rows, "seeds": size.seeds, "mean": mean}
+    page.numbers |= {"vae_latents": VAE_LATENTS, "remedies": rows, "seeds": size.seeds, "mean": mean}
     page.figures["rates"] = pictures.kl_per_dimension({name: found[0] for name, found in measured.items()})
     page.figures["remedies"] = pictures.rate_distortion_plane({name: found[0] for name, found in measured.items()})
     plain, eased = mean["ELBO"], [mean["annealed KL"], mean["free bits"]]
