@@ -154,7 +154,7 @@ def collapse_curve(found: Mapping[str, Bottleneck | Mapping[str, ArrayLike]], ep
     axes.set_ylim(0, 1.05 * max(len(v) for v in least.values()))
     axes.yaxis.get_major_locator().set_params(integer=True)
     if len(least) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 
@@ -192,12 +192,12 @@ def rate_distortion_plane(
         marks = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)], "markersize": 7}
         _error_bars(axes, model, label=label, zorder=4, **marks)
     axes.set(xlabel="rate, nats per datum", ylabel="distortion, nats per datum")
-    axes.margins(0.12)
+    axes.margins(0.16)
     if curve is None and exact is None:
         _square(axes)
     _lines_of_equal_elbo(axes)
     if models or exact is not None:
-        axes.legend(frameon=False, fontsize=8, loc="upper right")
+        axes.legend(facecolor="1.0", edgecolor="1.0", framealpha=0.9, fontsize=8, loc="upper right")
     return figure
 
 
@@ -211,7 +211,7 @@ def _square(axes: Axes) -> None:
     (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     span = 1.2 * max(right, top - bottom)
     middle = 0.5 * (bottom + top)
-    axes.set(xlim=(0.0, span), ylim=(middle - 0.5 * span, middle + 0.5 * span))
+    axes.set(xlim=(-0.04 * span, span), ylim=(middle - 0.5 * span, middle + 0.5 * span))
 
 
 def _lines_of_equal_elbo(axes: Axes, count: int = 7) -> None:
