@@ -2,6 +2,7 @@
 
 python docs/make_bottleneck.py                       # about two minutes on two cores
 python docs/make_bottleneck.py --small --out FOLDER  # seconds, to see that it runs
+python docs/make_bottleneck.py --study               # puts new results of benchmarks/local_minima.py into the page
 
 The words are in ``docs/bottleneck.md.j2``. They say what the numbers say: each claim that they rest on is checked, and
 the page is not written where one does not hold. (This file is not called bottleneck.py: pandas looks for a module of
@@ -86,7 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--small", action="store_true", help="seconds, with numbers that mean nothing")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for bottleneck.md and figures/")
+    parser.add_argument("--study", action="store_true", help="rewrite what the page says of the study of local minima")
     asked = parser.parse_args(argv)
+    if asked.study:
+        rewrite_study(asked.out / "bottleneck.md")
+        return 0
     page = Page({"small": asked.small, "versions": environment("numpyro")}, {}, {})
     size = SMALL if asked.small else Size()
     for part in PARTS:
@@ -406,17 +411,26 @@ def remedies(page: Page, size: Size) -> None:
 
 
 def study(page: Page, size: Size) -> None:
-    """What ``benchmarks/local_minima.py`` found, where its results are there."""
-    page.numbers["study"] = None
-    writer = tables.WRITERS.get("local_minima")
-    if STUDY.exists() and writer is not None:
-        record = json.loads(STUDY.read_text("utf-8"))
-        page.numbers["study"] = {
-            "question": record["question"],
-            "table": writer(record),
-            "checks": tables._checks(record),
-        }
+    page.numbers["study"] = study_block()
 
+
+def study_block() -> str:
+    """What ``benchmarks/local_minima.py`` found, where its results are there."""
+    writer = tables.WRITERS.get("local_minima")
+    if not STUDY.exists() or writer is None:
+        return "Its results are not here yet."
+    record = json.loads(STUDY.read_text("utf-8"))
+    return "\n\n".join(part for part in (record["question"], writer(record), tables._checks(record)) if part)
+
+
+def rewrite_study(path: Path) -> None:
+    """Put the study's results as they are now into a page that is there."""
+    page, count = re.subn(MARKED, lambda found: f"{found[1]}{study_block()}{found[2]}", path.read_text("utf-8"))
+    assert count == 1, f"{path} has no place for the study"
+    write_atomically(path, page.encode())
+
+
+MARKED = re.compile(r"(<!-- study -->\n).*?(\n<!-- /study -->)", re.DOTALL)
 
 PARTS = (linear_model, linear_curve, starts, equal_likelihood, digits, remedies, study)
 
