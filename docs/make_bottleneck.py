@@ -1,6 +1,6 @@
 """Write ``docs/bottleneck.md`` and its figures: every number and every picture on that page comes from here.
 
-python docs/make_bottleneck.py                       # about two minutes on two cores
+python docs/make_bottleneck.py                       # some minutes: five of processor time
 python docs/make_bottleneck.py --small --out FOLDER  # seconds, to see that it runs
 python docs/make_bottleneck.py --study               # puts new results of benchmarks/local_minima.py into the page
 

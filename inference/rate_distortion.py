@@ -39,7 +39,7 @@ class RatePoint:
         distortion, distortion_se: mean of ``-E_q log p(x|z)``.
         nll, nll_se: by ``num_particles`` importance samples a datum.
         num_particles: K of the NLL.
-        active_units: by site, how many dimensions have an activity above 0.01.
+        active_units: by site, how many dimensions have an activity above 0.01; empty for K = 1.
         collapse_epsilon: by site that factorises, ``(D,)``: the least ε for which the dimension is (ε, δ)-collapsed.
         rate_per_datum, distortion_per_datum: ``(N,)``.
         run: the trained run.
