@@ -2,8 +2,8 @@
 
 A 784-200-200-20 VAE (tanh, Bernoulli, diagonal Gaussian guide) is trained on MNIST by the ELBO. Then, on test images:
 the ELBO, importance sampling (K = 5000) and annealed importance sampling estimate ``log p(x)``, which they must do in
-this order; annealing there and back brackets it on data of the model's own; the gap is split; the rate is split; NUTS is
-held against the guide on images whose k̂ is low and on images whose k̂ is high; and the time of ``diagnose`` on 1000
+this order; annealing there and back brackets it on data of the model's own; the gap is split; the rate is split; NUTS
+is held against the guide on images whose k̂ is low and on images whose k̂ is high; and the time of ``diagnose`` on 1000
 images and the peak memory of importance sampling at K = 500 and K = 50,000 are measured.
 
     python benchmarks/instruments.py --data-dir DIR
@@ -232,8 +232,7 @@ def checks(cells: dict[str, Any], config: Config) -> dict[str, bool]:
     return {
         f"ELBO < IS (K={config.num_particles})": first["mean"] > 3 * first["se"],
         f"IS (K={config.num_particles}) <= AIS within 3 standard errors": second["mean"] > -3 * second["se"],
-        "forward and backward AIS bracket log p(x) within 3 standard errors": both["gap"]["mean"]
-        > -3 * both["gap"]["se"],
+        "forward and backward AIS bracket log p(x) within 3 standard errors": gap["mean"] > -3 * gap["se"],
         "rate = I(x; z) + KL(q(z) || p(z)) to 1e-3 nats": abs(rest) < 1e-3,
         "-ELBO = rate + distortion to 1e-6 of it": abs(split["elbo"] + split["elbo_rate"] + split["elbo_distortion"])
         < 1e-6 * abs(split["elbo"]),
@@ -241,8 +240,7 @@ def checks(cells: dict[str, Any], config: Config) -> dict[str, bool]:
         f"NUTS and guide agree on every image whose k̂ < {LARGE_K} ({low.sum()} images)": bool(agree[low].all()),
         f"NUTS and guide differ on every other image ({(~low).sum()} images)": bool((~agree[~low]).all()),
         "diagnose takes less than 180 s": cells["cost"]["seconds"] < 180,
-        f"peak memory below 1 GiB at K = {few} and {many}": max(cells[f"memory-{k}"]["bytes"] for k in (few, many))
-        < GIB,
+        f"peak memory below 1 GiB at K = {few} and {many}": peak < GIB,
     }
 
 

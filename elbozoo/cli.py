@@ -70,6 +70,8 @@ class Data:
     train: np.ndarray
     test: np.ndarray
     facts: Mapping[str, Any]
+    labels: np.ndarray | None = None
+    """Of the images to evaluate on, where they have any."""
 
     @classmethod
     def read(cls, name: str, data_dir: Path | None = None, split: str = "test") -> Data:
@@ -78,7 +80,7 @@ class Data:
             one_of("--data", name, datasets.NAMES)
             found = datasets.load(name, split=split, data_dir=data_dir)
             facts = {"data_dim": found.train.shape[1], "image_shape": (1, *found.image_shape), "levels": found.levels}
-            return cls(name, found.train, found.test, facts)
+            return cls(name, found.train, found.test, facts, found.test_labels)
         path = Path(name).expanduser().resolve()
         array = datasets.load_array(path)
         if array.ndim < 2 or not array.size:
@@ -377,7 +379,7 @@ class Evaluate(Measuring):
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnose:
-    """Say whether a run is stuck, and why: a verdict in words, with the figures in diagnosis.json.
+    """Say whether a run is stuck, and why: a verdict in words, with its figures and a page of pictures.
 
     Args:
         run: a run folder.
@@ -386,7 +388,8 @@ class Diagnose:
         num_particles: importance samples a datum, K of the NLL.
         num_data: diagnose on the first so many data only.
         seed: fixes the draws.
-        out: the JSON file; diagnosis.json in the run folder if left out.
+        out: folder for diagnosis.json and report.html (which has all that `elbozoo report` writes, and the diagnosis);
+            the run folder if left out.
     """
 
     run: Folder
@@ -395,21 +398,27 @@ class Diagnose:
     num_particles: int = 1000
     num_data: int = 1000
     seed: int = 0
-    out: Annotated[Path | None, left_out("FILE.json")] = None
+    out: Annotated[Path | None, left_out("FOLDER")] = None
 
     def __call__(self, command: str) -> None:
+        from elbozoo.report import write_diagnosis
+
         whole_number("--num-data", self.num_data, 2)
         ((folder, run),) = load([self.run]).items()
         data = Data.read(dataset_of(run, self.data), self.data_dir)
         settings = {name: getattr(self, name) for name in ("num_particles", "num_data", "seed")}
-        found = diagnose(run, data.test[: self.num_data], **settings, progress=out.is_terminal)
+        images = data.test[: self.num_data]
+        found = diagnose(run, images, **settings, progress=out.is_terminal)
         out.print(found.evaluation)
         for sentence in found.verdict:
             lines = textwrap.fill(sentence, min(out.width, 100), initial_indent="• ", subsequent_indent="  ")
             out.print(lines, markup=False)
-        path = self.out or folder / "diagnosis.json"
-        storage.save_json(path, {"data": data.name, "settings": settings, **found.summary()})
-        say(f"Figures: {path}")
+        place = self.out or folder
+        storage.save_json(place / "diagnosis.json", {"data": data.name, "settings": settings, **found.summary()})
+        labels = None if data.labels is None else data.labels[: self.num_data]
+        write_diagnosis(run, found, images, place / "report.html", label=folder.resolve().name, labels=labels)
+        say(f"Figures: {place / 'diagnosis.json'}")
+        say(f"Report: {place / 'report.html'}")
 
 
 def dataset_of(run: Run, data: str | None) -> str:

@@ -15,6 +15,7 @@ from elbozoo.inference.information import Bottleneck, bottleneck
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Bound, Objective, Renyi
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.posterior import to_arviz
+from elbozoo.inference.rate_distortion import RateDistortion, RatePoint, rate_distortion
 from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, Shape
 from elbozoo.inference.suboptimality import Gaps, gaps
 from elbozoo.inference.terms import Site, Terms
@@ -50,6 +51,8 @@ __all__ = [
     "NonFinite",
     "Objective",
     "Pathwise",
+    "RateDistortion",
+    "RatePoint",
     "Refused",
     "Renyi",
     "Run",
@@ -67,5 +70,6 @@ __all__ = [
     "fit",
     "gaps",
     "ground_truth",
+    "rate_distortion",
     "to_arviz",
 ]

@@ -19,7 +19,7 @@ from compile_once import compile_once  # noqa: F401
 from matplotlib.colors import to_rgba
 
 import elbozoo
-from elbozoo import cli, options, report
+from elbozoo import cli, options, pictures
 from elbozoo.benchmarks.datasets import load
 from elbozoo.guides import DiagonalGaussian, FullCovarianceGaussian
 from elbozoo.inference import (
@@ -513,7 +513,7 @@ def test_figures(engine: str, folders: dict[str, Path]):
     found = Run.load(folders[engine])
     digits = load("digits").test
     measured = found.evaluate(digits[:30], num_particles=20)
-    figure = report.curves({"a": found, "b": found})
+    figure = pictures.curves({"a": found, "b": found})
     assert [axes.get_title() for axes in figure.axes] == [
         "bound", *(["held-out bound"] if engine == "pyro" else []), "rate", "distortion"
     ]  # fmt: skip
@@ -522,11 +522,11 @@ def test_figures(engine: str, folders: dict[str, Path]):
     styles = {(str(line.get_color()), str(line.get_linestyle())) for line in figure.axes[0].lines}
     assert len({style for _, style in styles}) == 2  # told apart without colour
 
-    figure = report.kl_per_dimension({"a": measured})
+    figure = pictures.kl_per_dimension({"a": measured})
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     np.testing.assert_allclose(heights, sorted(measured.rate_per_dimension["z"], reverse=True))
 
-    picture = np.ma.filled(report.reconstructions(found, digits, columns=5).axes[0].images[0].get_array(), np.nan)
+    picture = np.ma.filled(pictures.reconstructions(found, digits, columns=5).axes[0].images[0].get_array(), np.nan)
     assert picture.shape == (3 * 9 - 1, 5 * 9 - 1)
     np.testing.assert_allclose(picture[:8, :8], digits[0].reshape(8, 8), rtol=1e-6)
     np.testing.assert_array_equal(picture[9:17, :8], found.prepare(digits[:5])[0][0].reshape(8, 8))
@@ -534,7 +534,7 @@ def test_figures(engine: str, folders: dict[str, Path]):
     decoded = found.program.predict(seen, num_particles=20)["mean"]["x"].mean(0)
     np.testing.assert_allclose(picture[18:, 9:17], decoded[1].reshape(8, 8))
 
-    drawn = np.ma.filled(report.samples(found, rows=2, columns=3).axes[0].images[0].get_array(), np.nan)
+    drawn = np.ma.filled(pictures.samples(found, rows=2, columns=3).axes[0].images[0].get_array(), np.nan)
     assert drawn.shape == (17, 26)
     assert np.nanmin(drawn) >= 0
     assert np.nanmax(drawn) <= 1
@@ -550,7 +550,7 @@ def test_dimensions_that_are_not_active_are_hollow(folders: dict[str, Path]):
         rate_per_dimension={"z": np.array([0.5, 2.0])},
         activity={"z": np.array([0.009, 0.02])},
     )
-    bars = report.kl_per_dimension({"a": one_asleep}).axes[0].patches
+    bars = pictures.kl_per_dimension({"a": one_asleep}).axes[0].patches
     assert [bar.get_height() for bar in bars] == [2.0, 0.5]
     assert [bar.get_facecolor() for bar in bars] == [to_rgba("0.25"), to_rgba("1.0")]
 
@@ -577,9 +577,10 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_diagnose(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A verdict in words; the same and its figures as JSON."""
     for folder in folders.values():
-        assert run(f"diagnose '{folder}' --num-data 40 --num-particles 20 --out '{tmp_path / 'd.json'}'") == 0
+        assert run(f"diagnose '{folder}' --num-data 40 --num-particles 20 --out '{tmp_path / 'd'}'") == 0
         text = " ".join(capsys.readouterr().out.split())
-        found = json.loads((tmp_path / "d.json").read_text())
+        found = json.loads((tmp_path / "d" / "diagnosis.json").read_text())
+        assert len(images((tmp_path / "d" / "report.html").read_text())) == 9
         assert found["bottleneck"]["num_data"] == 40
         assert all(" ".join(sentence.split())[:60] in text for sentence in found["verdict"])
         assert f"{found['evaluation']['nll']:.3f}" in text
