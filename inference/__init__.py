@@ -8,10 +8,12 @@ from elbozoo.inference.errors import CorruptFile, ElbozooError, InvalidArgument,
 from elbozoo.inference.evaluation import Evaluation, evaluate
 from elbozoo.inference.gradients import STL, DReG, GradientEstimator, Pathwise, ScoreFunction
 from elbozoo.inference.information import Bottleneck, bottleneck
+from elbozoo.inference.minima import Course, LocalMinima, local_minima
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Bound, Objective, Renyi
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.posterior import to_arviz
 from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, Shape
+from elbozoo.inference.starts import PPCA, Collapsed, Informative, Start
 from elbozoo.inference.terms import Site, Terms
 from elbozoo.inference.training import Run, fit
 
@@ -21,6 +23,7 @@ __all__ = [
     "IWAE",
     "MIWAE",
     "PIWAE",
+    "PPCA",
     "STL",
     "TVO",
     "Adam",
@@ -29,14 +32,18 @@ __all__ = [
     "Bottleneck",
     "Bound",
     "Capacity",
+    "Collapsed",
     "CorruptFile",
+    "Course",
     "DReG",
     "Diagnosis",
     "ElbozooError",
     "Evaluation",
     "FreeBits",
     "GradientEstimator",
+    "Informative",
     "InvalidArgument",
+    "LocalMinima",
     "NonFinite",
     "Objective",
     "Pathwise",
@@ -46,10 +53,12 @@ __all__ = [
     "ScoreFunction",
     "Shape",
     "Site",
+    "Start",
     "Terms",
     "bottleneck",
     "diagnose",
     "evaluate",
     "fit",
+    "local_minima",
     "to_arviz",
 ]
