@@ -153,6 +153,7 @@ def measure(config: Config, decoder: str, start: str, objective: str) -> dict[st
     found = local_minima(runs, test, num_particles=config.num_particles, tolerance=config.tolerance)
     rates = np.array([[row["rate"] for row in run.history] for run in runs])
     summary = found.summary()
+    phases = [run.config["phase"] or {} for run in runs]  # none after a normal start
     del summary["live_units"]  # too long to keep; rate_by_epoch has the course in short
     return {
         "decoder": decoder,
@@ -163,6 +164,8 @@ def measure(config: Config, decoder: str, start: str, objective: str) -> dict[st
         "evaluate_seconds": time.perf_counter() - trained,
         "nll_mc_se": [e.nll_mc_se for e in found.evaluations],
         "rate_by_epoch": rates.mean(axis=0).tolist(),
+        "rate_in_phase": [phase.get("rate") for phase in phases],
+        "live_in_phase": [phase.get("live_z") for phase in phases],
         "live_at_end": live_at_end(found),
         **summary,
     }

@@ -163,14 +163,16 @@ def _counts(cells: Mapping[str, dict[str, Any]]) -> str:
     words[0] += (
         f": {'; '.join(dead)}." if dead else ": there is no wholly collapsed minimum that any objective ends in."
     )
-    started = [c for c in cells.values() if c["start"] == "collapsed"]
-    if started:
-        back = sum(epoch is not None for c in started for epoch in c["recovery_epoch"])
-        first = np.mean([c["rate_by_epoch"][0] for c in started])
-        words.append(
-            f"After the collapsed start, which leaves {first:.2f} nats of rate in the first epoch, {back} of "
-            f"{sum(len(c['seeds']) for c in started)} runs have an epoch without a live dimension and then recover."
-        )
+    for start in ("collapsed", "informative"):
+        started = [c for c in cells.values() if c["start"] == start]
+        if started:
+            rate, live = (np.mean([c[f"{name}_in_phase"] for c in started]) for name in ("rate", "live"))
+            back = [e for c in started for e in c["recovery_epoch"] if e is not None]
+            count = sum(len(c["seeds"]) for c in started)
+            words.append(
+                f"The {start} start's phase ends at a rate of {rate:.3g} nats, with {live:.1f} live dimensions; "
+                f"{len(back)} of {count} runs then stay without a live dimension for an epoch or more, and recover."
+            )
     rates = [
         f"{np.mean(c['rate']):.2f} nats from the {c['start']} start" for c in cells.values() if c["objective"] == "elbo"
     ]

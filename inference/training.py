@@ -49,7 +49,8 @@ class Run:
             factorises: how many of its dimensions have a minibatch-mean KL above 0.01 nats (the mean over the epoch's
             minibatches, so it need not be whole); ``valid_bound`` with held-out data; ``shaped_bound``, ``beta``, …
             under a shape.
-        config: settings, versions and seeds; JSON-able.
+        config: settings, versions and seeds; JSON-able. After a start with a phase, ``config["phase"]`` has the figures
+            of the phase's last epoch, as the history has those of an epoch.
     """
 
     program: Any
@@ -360,6 +361,7 @@ def fit(
                 phase.run_epoch(num_data, batch_size)
                 tick()
         trainer.adopt(begun)
+        loop.phase = [{n: v for n, v in rows[-1].items() if n != "seconds"} for rows in phase.rows]
 
     def stopped() -> bool:
         return loop.epoch >= epochs or (early_stopping is not None and _stalled(loop.rows[0], early_stopping))
@@ -405,6 +407,7 @@ class _Loop:
             directory,
         )
         self.first, self.epoch, self.rows = first, 0, [[] for _ in seeds]
+        self.phase: list[dict[str, float | int] | None] = [None for _ in seeds]
 
     def run_epoch(self, num_data: int, batch_size: int) -> None:
         start = time.perf_counter()
@@ -450,8 +453,10 @@ class _Loop:
 
     def runs(self) -> list[Run]:
         return [
-            Run(program, self.objective, rows, {**self.config, "seed": seed})
-            for program, rows, seed in zip(self.trainer.programs(), self.rows, self.seeds, strict=True)
+            Run(program, self.objective, rows, {**self.config, "seed": seed, "phase": phase})
+            for program, rows, seed, phase in zip(
+                self.trainer.programs(), self.rows, self.seeds, self.phase, strict=True
+            )
         ]
 
     @property
@@ -464,7 +469,7 @@ class _Loop:
     def checkpoint(self) -> None:
         """State, history and settings in one file, so that they cannot disagree."""
         assert self.directory is not None
-        notes = {"epoch": self.epoch, "rows": self.rows, "settings": self._settings}
+        notes = {"epoch": self.epoch, "rows": self.rows, "phase": self.phase, "settings": self._settings}
         storage.save_arrays(self.directory / CHECKPOINT, self.trainer.arrays(), notes)
 
     def resume(self, epochs: int) -> None:
@@ -495,6 +500,7 @@ class _Loop:
             )
         self.trainer.restore(arrays)
         self.epoch, self.rows = notes["epoch"], notes["rows"]
+        self.phase = notes.get("phase", self.phase)
 
 
 def _check_settings(

@@ -82,8 +82,10 @@ def same_weights(one: Run, two: Run) -> bool:
 
 def test_collapsed_has_given_up_every_direction(engine: str) -> None:
     """βσ² = 500 is above every eigenvalue: the guide is the prior, and the data cost what N(mean, σ² I) says."""
-    row = begin(engine, start=Collapsed(epochs=150)).history[0]
+    run = begin(engine, start=Collapsed(epochs=150))
+    row = run.history[0]
     assert row["rate"] < 0.01
+    assert run.config["phase"]["live_z"] == 0
     assert row["live_z"] == 0
     without = 0.5 * (EIGENVALUES.sum() / S2 + 5 * np.log(2 * np.pi * S2))
     # What Adam leaves of the model's weights, some hundredths of which a draw of z is added by, and of the mean.
@@ -190,6 +192,8 @@ def test_stopped_and_resumed_to_the_bit(engine: str, name: str, tmp_path: Path) 
     resumed = begin(engine, SMALL, epochs=4, directory=tmp_path, resume=True, **options)
     assert same_weights(whole, resumed)
     assert [row["bound"] for row in whole.history] == [row["bound"] for row in resumed.history]
+    assert whole.config["phase"] == resumed.config["phase"]
+    assert whole.config["phase"]["epoch"] == 2
     assert Run.load(tmp_path).config["start"] == to_config(STARTS[name])
     with pytest.raises(InvalidArgument, match="different start"):
         begin(engine, SMALL, epochs=4, directory=tmp_path, resume=True, **(options | {"start": None}))
