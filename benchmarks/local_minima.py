@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
 
@@ -238,6 +237,8 @@ def main(config: Config) -> None:
             num_test=50,
             results=config.results.with_name("smoke_local_minima.json"),
         )
+    import jax  # here, so that the tables can be written without it
+
     record = Record(config.results, __doc__ or "", config, ("numpyro",), grid=("decoders", "starts", "objectives"))
     with tempfile.TemporaryDirectory() as folder:  # cells that differ in their start alone are compiled once
         jax.config.update("jax_compilation_cache_dir", folder)

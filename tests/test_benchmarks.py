@@ -75,7 +75,6 @@ def minima_cell(start: str, objective: str, nll: list[float], collapsed: int = 0
     }  # fmt: skip
 
 
-@pytest.mark.numpyro
 def test_claims_about_minima_are_read_off_the_cells() -> None:
     from elbozoo.benchmarks.local_minima import claims, gap
     from elbozoo.benchmarks.tables import _minima_words
