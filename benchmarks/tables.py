@@ -1,4 +1,4 @@
-"""Write ``docs/benchmarks.md`` from the committed result files: no figure in the docs is typed by hand.
+"""Write ``docs/benchmarks.md`` and its pictures from the committed result files: nothing there is typed by hand.
 
 python benchmarks/tables.py
 """
@@ -6,14 +6,21 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from elbozoo.benchmarks.iwae_mnist import PUBLISHED
 from elbozoo.inference.storage import write_atomically
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 ROOT = Path(__file__).resolve().parent
 RESULTS, PAGE = ROOT / "results", ROOT.parent / "docs" / "benchmarks.md"
+FIGURES = PAGE.parent / "figures"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -91,7 +98,181 @@ def overhead(record: dict[str, Any]) -> str:
     )
 
 
-WRITERS = {"iwae_mnist": iwae, "overhead": overhead}
+# --- local minima ---------------------------------------------------------------------------------------------------
+
+STARTS = {"normal": ("o", "0.0"), "collapsed": ("s", "0.45"), "informative": ("^", "0.7")}
+"""Each start's marker and grey in the picture."""
+
+
+def local_minima(record: dict[str, Any]) -> str:
+    """The table of the cells, the picture, and what they say."""
+    cells, config = record["cells"], record["config"]
+    total = len(config["decoders"]) * len(config["starts"]) * len(config["objectives"])
+    rows = [_minima_row(cell) for cell in cells.values()]
+    head = ["decoder", "start", "objective", "seeds collapsed", "NLL, mean of seeds (best – worst)"]
+    head += ["worse than the cell's best", "minima", "rate", "active units", "live at the end", "back from collapse"]
+    any_cell = next(iter(cells.values()))
+    setting = (
+        f"{len(cells)} of {total} cells, {len(any_cell['seeds'])} seeds each: {config['num_train']} images of 14×14 "
+        f"pixels, {config['epochs']} epochs ({any_cell['share_of_long_protocol']:.1%} of the longer protocol's images "
+        f"seen), {config['latent_dim']} latents; NLL with K = {any_cell['num_particles']} on {any_cell['num_data']} "
+        f"held-out images, whose choice has a standard error of {np.mean(any_cell['nll_se']):.2f} nats that all cells "
+        f"share. A seed is worse when it is so by {any_cell['tolerance']:g} nats and two standard errors of the paired "
+        "difference."
+    )
+    picture = "![NLL of every seed above its decoder's best, by objective and start](figures/local_minima.svg)"
+    return "\n\n".join([setting, table(head, rows), picture, *_minima_words(cells)])
+
+
+def _minima_row(cell: Mapping[str, Any]) -> list[str]:
+    nll, count = cell["nll"], len(cell["seeds"])
+    back = [epoch for epoch in cell["recovery_epoch"] if epoch is not None]
+    return [
+        cell["decoder"],
+        cell["start"],
+        cell["objective"],
+        f"{sum(cell['collapsed'])} of {count}",
+        f"{np.mean(nll):.2f} ({min(nll):.2f} – {max(nll):.2f})",
+        str(sum(cell["worse"])),
+        str(cell["num_minima"]),
+        f"{np.mean(cell['rate']):.2f}",
+        f"{np.mean(cell['active_units']):.1f}",
+        f"{np.mean(cell['live_at_end']):.1f}",
+        f"{len(back)}, by epoch {max(back)}" if back else "–",
+    ]
+
+
+def _minima_words(cells: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What the cells say of the received wisdom, for each decoder: a paragraph of counts and one of differences."""
+    said = []
+    for decoder in ("strong", "weak"):
+        if mine := {key: cell for key, cell in cells.items() if cell["decoder"] == decoder}:
+            said += [f"**The {decoder} decoder.** {_counts(mine)}", _differences(cells, decoder)]
+    return [text for text in said if text]
+
+
+def _counts(cells: Mapping[str, dict[str, Any]]) -> str:
+    """How many runs of one decoder's cells collapsed, came back and ended worse, and what is left of the starts."""
+    seeds = sum(len(c["seeds"]) for c in cells.values())
+    dead = [
+        f"{sum(c['collapsed'])} of {c['objective']} from the {c['start']} start"
+        for c in cells.values()
+        if any(c["collapsed"])
+    ]
+    words = [f"{sum(sum(c['collapsed']) for c in cells.values())} of {seeds} runs end with the whole latent collapsed"]
+    words[0] += (
+        f": {'; '.join(dead)}." if dead else ": there is no wholly collapsed minimum that any objective ends in."
+    )
+    for start in ("collapsed", "informative"):
+        started = [c for c in cells.values() if c["start"] == start]
+        if started:
+            rate, live = (np.mean([c[f"{name}_in_phase"] for c in started]) for name in ("rate", "live"))
+            back = [e for c in started for e in c["recovery_epoch"] if e is not None]
+            count = sum(len(c["seeds"]) for c in started)
+            words.append(
+                f"The {start} start's phase ends at a rate of {rate:.3g} nats, with {live:.1f} live dimensions; "
+                f"{len(back)} of {count} runs then stay without a live dimension for an epoch or more, and recover."
+            )
+    rates = [
+        f"{np.mean(c['rate']):.2f} nats from the {c['start']} start" for c in cells.values() if c["objective"] == "elbo"
+    ]
+    if len(rates) > 1:
+        words.append(f"The plain ELBO ends at a rate of {', '.join(rates)}.")
+    spread = max(max(c["nll"]) - min(c["nll"]) for c in cells.values())
+    worse = sum(sum(c["worse"]) for c in cells.values())
+    words.append(
+        f"Within a cell the seeds' NLLs lie at most {spread:.2f} nats apart, and {worse} of {seeds} runs are worse "
+        "than their cell's best by more than the tolerance."
+    )
+    return " ".join(words)
+
+
+def _differences(cells: Mapping[str, dict[str, Any]], decoder: str) -> str:
+    """Mean NLLs of one decoder's cells against each other's."""
+    from elbozoo.benchmarks.local_minima import REMEDIES, gap
+
+    words = []
+    for start in ("collapsed", "informative"):
+        stuck = gap(cells, (decoder, start, "elbo"), (decoder, "normal", "elbo"))
+        if stuck:
+            words.append(
+                f"From the {start} start the plain ELBO ends {_against(stuck)} where it ends from the normal one."
+            )
+    for start in ("normal", "collapsed", "informative"):
+        gaps = {r: gap(cells, (decoder, start, r), (decoder, start, "elbo")) for r in REMEDIES}
+        parts = [f"{r} ends {_against(g)} it" for r, g in gaps.items() if g]
+        if parts:
+            words.append(f"Against the plain ELBO, all from the {start} start: {'; '.join(parts)}.")
+    mine = [c for c in cells.values() if c["decoder"] == decoder]
+    best = min(mine, key=lambda c: np.mean(c["nll"]))
+    words.append(
+        f"The lowest mean NLL, {np.mean(best['nll']):.2f} nats, is that of {best['objective']} from the "
+        f"{best['start']} start."
+    )
+    return " ".join(words)
+
+
+def _against(gap: tuple[float, float]) -> str:
+    """A difference of mean NLLs in words; within two standard errors of the choice of seeds it is none."""
+    mean, error = gap
+    if abs(mean) <= 2 * error:
+        return f"no further than the seeds' error ({mean:+.2f} ± {error:.2f} nats) from"
+    return f"{abs(mean):.2f} ± {error:.2f} nats {'above' if mean > 0 else 'below'}"
+
+
+def local_minima_figure(record: dict[str, Any]) -> Figure:
+    """Every seed's NLL above the best of its decoder's; filled markers are seeds that ended collapsed."""
+    from matplotlib.figure import Figure
+
+    cells = record["cells"]
+    names = [n for n in ("strong", "weak") if any(c["decoder"] == n for c in cells.values())]
+    figure = Figure(figsize=(9, 3.4 * len(names)), layout="constrained")
+    for axes, decoder in zip(np.ravel(figure.subplots(len(names), 1)), names, strict=True):
+        mine = [c for c in cells.values() if c["decoder"] == decoder]
+        floor = min(min(c["nll"]) for c in mine)
+        objectives = list(dict.fromkeys(c["objective"] for c in mine))
+        for cell in mine:
+            order = list(STARTS).index(cell["start"])
+            marker, grey = STARTS[cell["start"]]
+            centre = objectives.index(cell["objective"]) + 0.27 * (order - 1)
+            above = np.array(cell["nll"]) - floor
+            place = centre + np.linspace(-0.09, 0.09, len(above))
+            dead = np.array(cell["collapsed"])
+            style = {"marker": marker, "edgecolors": grey, "s": 22, "linewidths": 0.9}
+            axes.scatter(place[~dead], above[~dead], facecolors="none", **style)
+            axes.scatter(place[dead], above[dead], facecolors=grey, **style)
+            axes.plot([centre - 0.12, centre + 0.12], [above.mean()] * 2, color="0.0", linewidth=1.6)
+            label = f"{dead.sum()}/{len(dead)}"
+            axes.annotate(label, (centre, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=7.5)
+        axes.set_xticks(range(len(objectives)), objectives)
+        axes.set_ylim(0, None)
+        axes.set_ylabel("NLL above the best seed, nats")
+        axes.set_title(f"{decoder} decoder (above each column: seeds that end collapsed)", fontsize=10, pad=16)
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = [
+        figure.axes[0].scatter([], [], marker=m, facecolors="none", edgecolors=g, s=22, label=f"{n} start")
+        for n, (m, g) in STARTS.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def write_figures() -> None:
+    """Draw the pictures of the page."""
+    import io
+
+    import matplotlib
+
+    path = RESULTS / "local_minima.json"
+    if path.exists():
+        buffer = io.BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": "elbozoo"}):  # equal figures make equal files
+            local_minima_figure(json.loads(path.read_text())).savefig(buffer, format="svg", metadata={"Date": None})
+        write_atomically(FIGURES / "local_minima.svg", buffer.getvalue())
+
+
+WRITERS = {"iwae_mnist": iwae, "local_minima": local_minima, "overhead": overhead}
 
 
 def page() -> str:
@@ -117,4 +298,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    write_figures()
     write_atomically(PAGE, page().encode())

@@ -41,6 +41,7 @@ from elbozoo.inference import (
     FreeBits,
     Objective,
     Run,
+    Start,
     diagnose,
     fit,
     storage,
@@ -100,6 +101,7 @@ def left_out(metavar: str) -> Any:
 
 
 DATA = "{" + ",".join(datasets.NAMES) + "}|FILE.npy"
+STARTS = "{" + ",".join(options.choices(Start)) + "}"
 BINARIZATIONS = "{" + ",".join(get_args(Binarize)) + "}"
 
 
@@ -123,6 +125,10 @@ class Train:
         engine: numpyro (JAX) or pyro (PyTorch); the one that is installed, numpyro where both are.
         epochs: passes over the data.
         batch_size: data a minibatch.
+        start_from: where training begins instead of at random weights, to see whether the objective gets out of a bad
+            minimum: collapsed (the guide is the prior, the latents carry nothing), informative (an autoencoder, whose
+            latents are all but free of charge) or ppca (probabilistic PCA, for vae and linear-vae).
+        start_epochs: passes over the data, before the others, that bring it there (with --start-from; default: 5).
         seed: fixes initial weights, order and noise.
         binarize: how grey pixels become the zeros and ones of a Bernoulli likelihood: stochastic redraws them at every
             step, static draws them once, threshold cuts at one half. Left out: stochastic for grey pixels under a
@@ -143,6 +149,8 @@ class Train:
     engine: Literal["numpyro", "pyro"] = "numpyro" if find_spec("numpyro") or not find_spec("pyro") else "pyro"
     epochs: int = 10
     batch_size: int = 128
+    start_from: Annotated[str | None, left_out(STARTS)] = None
+    start_epochs: Annotated[int | None, left_out("INT")] = None
     seed: int = 0
     binarize: Annotated[Binarize | None, left_out(BINARIZATIONS)] = None
     replicates: Annotated[int | None, left_out("INT")] = None
@@ -161,7 +169,9 @@ class Train:
             todo = "Put the held-out rows in a file of their own and pass --valid FILE.npy"
             raise must("--valid", "be a file for data of your own", "validation", todo)
         spec, objective, optimizer = options.assemble(self.spec_class, given, data.facts)
+        start = self.chosen_start()
         names = [options.command_name(type(spec)), Path(self.data).stem, given["objective"], *given["shape"]]
+        names += [self.start_from] if self.start_from else []
         folder = self.out or Path("runs") / "-".join(names)
         if not self.resume and any((folder / name).exists() for name in (CHECKPOINT, WEIGHTS)):
             todo = "Add --resume to go on with it, or give another --out"
@@ -178,6 +188,7 @@ class Train:
                 data.train,
                 objective=objective,
                 optimizer=optimizer,
+                start=start,
                 valid=valid,
                 binarize=binarize,
                 directory=folder,
@@ -192,6 +203,16 @@ class Train:
             last = run.history[-1]
             figures = ", ".join(f"{name} {last[name]:.2f}" for name in ("bound", "rate", "distortion"))
             say(f"{place}: {figures} nats in epoch {last['epoch']}. Next: elbozoo evaluate {shlex.quote(str(place))}")
+
+    def chosen_start(self) -> Start | None:
+        """The start that the options ask for. Raises: InvalidArgument for an unknown one, or for its epochs alone."""
+        if self.start_from is not None:
+            given = {} if self.start_epochs is None else {"epochs": self.start_epochs}
+            return options.choose("start-from", Start, self.start_from)(**given)
+        if self.start_epochs is not None:
+            todo = f"Add --start-from {STARTS}, or leave it out"
+            raise must("--start-epochs", "go with --start-from", "no --start-from", todo)
+        return None
 
 
 def record(run: Run, data: Data, command: str) -> Run:
@@ -488,12 +509,12 @@ def save_netcdf(run: Run, data: np.ndarray, num_draws: int, path: Path) -> None:
 # --- list, demo ---------------------------------------------------------------------------------------------------
 
 KINDS = {"models": Spec, "networks": Network, "likelihoods": Likelihood, "guides": Family}
-KINDS |= {f"{option}s": kind for option, kind in options.OBJECTIVE.items()}
+KINDS |= {f"{option}s": kind for option, kind in options.OBJECTIVE.items()} | {"starts": Start}
 
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """Name the models, networks, likelihoods, guides, objectives, gradients and shapes, with a line each."""
+    """Name the models, networks, likelihoods, guides, objectives, gradients, shapes and starts, with a line each."""
 
     def __call__(self, command: str) -> None:
         table = Table(box=None, pad_edge=False, show_header=False)

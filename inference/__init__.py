@@ -12,11 +12,13 @@ from elbozoo.inference.exact import exact_log_lik
 from elbozoo.inference.gradients import STL, DReG, GradientEstimator, Pathwise, ScoreFunction
 from elbozoo.inference.ground_truth import GroundTruth, ground_truth
 from elbozoo.inference.information import Bottleneck, bottleneck
+from elbozoo.inference.minima import Course, LocalMinima, local_minima
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Bound, Objective, Renyi
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.posterior import to_arviz
 from elbozoo.inference.rate_distortion import RateDistortion, RatePoint, rate_distortion
 from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, Shape
+from elbozoo.inference.starts import PPCA, Collapsed, Informative, Start
 from elbozoo.inference.suboptimality import Gaps, gaps
 from elbozoo.inference.terms import Site, Terms
 from elbozoo.inference.training import Run, fit
@@ -27,6 +29,7 @@ __all__ = [
     "IWAE",
     "MIWAE",
     "PIWAE",
+    "PPCA",
     "STL",
     "TVO",
     "Adam",
@@ -38,7 +41,9 @@ __all__ = [
     "Bracket",
     "Calibration",
     "Capacity",
+    "Collapsed",
     "CorruptFile",
+    "Course",
     "DReG",
     "Diagnosis",
     "ElbozooError",
@@ -47,7 +52,9 @@ __all__ = [
     "Gaps",
     "GradientEstimator",
     "GroundTruth",
+    "Informative",
     "InvalidArgument",
+    "LocalMinima",
     "NonFinite",
     "Objective",
     "Pathwise",
@@ -59,6 +66,7 @@ __all__ = [
     "ScoreFunction",
     "Shape",
     "Site",
+    "Start",
     "Terms",
     "annealed_importance_sampling",
     "bottleneck",
@@ -70,6 +78,7 @@ __all__ = [
     "fit",
     "gaps",
     "ground_truth",
+    "local_minima",
     "rate_distortion",
     "to_arviz",
 ]

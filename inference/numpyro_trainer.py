@@ -180,6 +180,14 @@ class Trainer:
         """Go back to a snapshot."""
         self.state = snapshot
 
+    def adopt(self, other: Trainer) -> None:
+        """Begin at the parameters of another trainer of as many replicates; the optimiser starts anew."""
+        params = {n: other.state.params[n] for n in self.state.params}
+        mutable = {n: other.state.mutable.get(n, v) for n, v in self.state.mutable.items()}
+        init = jax.vmap(self.optimizer.init) if self.replicated else self.optimizer.init
+        with self._on_device():
+            self.state = self.state._replace(params=params, mutable=mutable, optimizer=jax.jit(init)(params))
+
     def bad_parameter(self) -> tuple[str, int] | None:
         """The first parameter that is not finite, and its replicate; None when all are."""
         for replicate in range(self._count):

@@ -222,6 +222,13 @@ class Trainer:
         """Go back to a snapshot."""
         self.restore(snapshot)
 
+    def adopt(self, other: Trainer) -> None:
+        """Begin at the parameters of another trainer; the optimiser, which has taken no step, stays as it is."""
+        theirs = other.program._tensors()
+        with torch.no_grad():
+            for name, tensor in self.program._tensors().items():
+                tensor.copy_(theirs[name])
+
     def bad_parameter(self) -> tuple[str, int] | None:
         """The first parameter that is not finite, and its replicate (0); None when all are."""
         return next(((n, 0) for n, p in self.params.items() if not torch.isfinite(p).all()), None)

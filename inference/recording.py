@@ -12,16 +12,23 @@ from elbozoo.inference.errors import must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.terms import Terms
 
+LIVE = 0.01
+"""Nats: a latent dimension whose minibatch-mean KL is above it is live."""
+
 
 def step_metrics(objective: Objective, terms: Terms) -> dict[str, Any]:
     r"""Scalars of one step, nats per datum.
 
-    The unshaped bound, the distortion ``-E log p(x|z)``, the rate in all and by site, the shape's scalars.
+    The unshaped bound, the distortion ``-E log p(x|z)``, the rate in all and by site, how many dimensions of a site are
+    live where its rate factorises, the shape's scalars.
     """
     per = 1.0 / terms.data_per_entry
     metrics = {"bound": objective.bound(terms).mean() * per, "distortion": -terms.log_lik.mean() * per}
     for name, site in terms.sites.items():
         metrics[f"kl_{name}"] = site.rate.mean() * per
+        if (terms_of_rate := site.rate_terms) is not None:
+            mean = terms_of_rate.reshape((-1, terms_of_rate.shape[-1])).mean(axis=0)
+            metrics[f"live_{name}"] = 1.0 * (mean > LIVE).sum()
     metrics["rate"] = sum(metrics[f"kl_{n}"] for n in terms.sites)
     return metrics | objective.scalars(terms)
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -22,14 +23,17 @@ from elbozoo.inference.data import Binarize, batches, prepare
 from elbozoo.inference.errors import CorruptFile, NonFinite, must
 from elbozoo.inference.objectives import ELBO, Objective
 from elbozoo.inference.optimizers import Adam
-from elbozoo.inference.parts import one_of, whole_number
+from elbozoo.inference.parts import instance_of, one_of, whole_number
 from elbozoo.inference.recording import rewind
 from elbozoo.inference.shapes import Shape
+from elbozoo.inference.starts import Start
 
 if TYPE_CHECKING:
     from elbozoo.inference.evaluation import Evaluation
 
 CHECKPOINT, WEIGHTS, CONFIG, HISTORY = "checkpoint.safetensors", "weights.safetensors", "config.json", "history.json"
+
+_PHASE = 2**31  # from where the epochs of a starting phase count, so that its minibatches come in an order of their own
 
 
 @dataclass(eq=False)
@@ -41,9 +45,12 @@ class Run:
             (torch modules in evaluation mode).
         objective: what was maximised.
         history: one dict an epoch: ``epoch``, ``step``, ``bound`` (unshaped, nats per datum, training minibatches),
-            ``rate``, ``distortion``, ``kl_<site>``, ``grad_norm``, ``seconds``; ``valid_bound`` with held-out data;
-            ``shaped_bound``, ``beta``, … under a shape.
-        config: settings, versions and seeds; JSON-able.
+            ``rate``, ``distortion``, ``kl_<site>``, ``grad_norm``, ``seconds``; ``live_<site>`` where the site
+            factorises: how many of its dimensions have a minibatch-mean KL above 0.01 nats (the mean over the epoch's
+            minibatches, so it need not be whole); ``valid_bound`` with held-out data; ``shaped_bound``, ``beta``, …
+            under a shape.
+        config: settings, versions and seeds; JSON-able. After a start with a phase, ``config["phase"]`` has the figures
+            of the phase's last epoch, as the history has those of an epoch.
     """
 
     program: Any
@@ -202,6 +209,7 @@ def fit(
     batch_size: int = 128,
     learning_rate: float | Callable[[Any], Any] = 1e-3,
     optimizer: Any = None,
+    start: Start | None = None,
     seed: int = 0,
     valid: Any = None,
     binarize: Binarize = "none",
@@ -233,6 +241,9 @@ def fit(
         learning_rate: Adam's step size, or a function of the step.
         optimizer: :class:`~elbozoo.inference.optimizers.Adam`, an optax transformation (NumPyro), or a function from
             parameters to a torch optimizer (Pyro). Overrides ``learning_rate``.
+        start: :class:`~elbozoo.inference.Collapsed`, :class:`~elbozoo.inference.Informative` or
+            :class:`~elbozoo.inference.PPCA`: where to begin instead of at the initial weights. Its epochs come before
+            those of ``epochs`` and are not in the history; the objective's schedule and the optimiser start after it.
         seed: fixes order and noise, and the initial weights of a zoo program and of param statements (modules of the
             user's own start as they are).
         valid: held-out data, on which the bound is computed every epoch.
@@ -275,9 +286,10 @@ def fit(
         checkpoint_every,
         resume,
         directory,
+        start,
     )
     optimizer = Adam(learning_rate) if optimizer is None else optimizer
-    train = prepare(program, data, binarize)
+    example = train = prepare(program, data, binarize)
     redraw = binarize == "stochastic"
     if redraw:  # what was checked is one draw; training draws anew from the grey pixels at every step
         train = prepare(program, data, check=False)
@@ -292,6 +304,7 @@ def fit(
         "spec": None if program.spec is None else program.spec.to_config(),
         "objective": to_config(objective),
         "optimizer": to_config(optimizer),
+        "start": to_config(start),
         "epochs": epochs,
         "batch_size": batch_size,
         "seed": seed,
@@ -316,6 +329,7 @@ def fit(
                 epochs=epochs,
                 batch_size=batch_size,
                 optimizer=optimizer,
+                start=start,
                 seed=seed + r,
                 valid=valid,
                 binarize=binarize,
@@ -329,12 +343,25 @@ def fit(
         ]
     seeds = [seed + r for r in range(replicates or 1)]
     trainer_class = importlib.import_module(f"elbozoo.inference.{program.engine}_trainer").Trainer
-    trainer = trainer_class(
-        program, shaped, optimizer, train, batch_size=batch_size, seeds=seeds, redraw_pixels=redraw, device=device
-    )
+    settings = {"batch_size": batch_size, "seeds": seeds, "redraw_pixels": redraw, "device": device}
+    make = partial(trainer_class, optimizer=optimizer, data=train, **settings)
+    weights = None if start is None else start.weights(program, example[0])
+    if weights is not None:
+        program = program.with_weights(weights)
+    trainer = make(program, shaped)
     loop = _Loop(trainer, objective, config, seeds, None if directory is None else Path(directory))
     if resume and directory is not None and (Path(directory) / CHECKPOINT).exists():
         loop.resume(epochs)
+    elif start is not None and weights is None:
+        begun = make(*start.phase(program, objective, example[0]))
+        begun.adopt(trainer)
+        phase = _Loop(begun, objective, config, seeds, None, first=_PHASE)
+        with _bar(progress, start.epochs, phase, "start") as tick:
+            while phase.epoch < start.epochs:
+                phase.run_epoch(num_data, batch_size)
+                tick()
+        trainer.adopt(begun)
+        loop.phase = [{n: v for n, v in rows[-1].items() if n != "seconds"} for rows in phase.rows]
 
     def stopped() -> bool:
         return loop.epoch >= epochs or (early_stopping is not None and _stalled(loop.rows[0], early_stopping))
@@ -358,10 +385,19 @@ def fit(
 
 
 class _Loop:
-    """A training in progress: trainer, rows of history, epoch; what a checkpoint holds."""
+    """A training in progress: trainer, rows of history, epoch; what a checkpoint holds.
+
+    ``first`` is the epoch from which the order of the minibatches is counted: 0 but in a starting phase.
+    """
 
     def __init__(
-        self, trainer: Any, objective: Objective, config: dict[str, Any], seeds: list[int], directory: Path | None
+        self,
+        trainer: Any,
+        objective: Objective,
+        config: dict[str, Any],
+        seeds: list[int],
+        directory: Path | None,
+        first: int = 0,
     ):
         self.trainer, self.objective, self.config, self.seeds, self.directory = (
             trainer,
@@ -370,11 +406,12 @@ class _Loop:
             seeds,
             directory,
         )
-        self.epoch, self.rows = 0, [[] for _ in seeds]
+        self.first, self.epoch, self.rows = first, 0, [[] for _ in seeds]
+        self.phase: list[dict[str, float | int] | None] = [None for _ in seeds]
 
     def run_epoch(self, num_data: int, batch_size: int) -> None:
         start = time.perf_counter()
-        order = np.stack([batches(s, self.epoch, num_data, batch_size) for s in self.seeds])
+        order = np.stack([batches(s, self.first + self.epoch, num_data, batch_size) for s in self.seeds])
         before = self.trainer.snapshot()
         metrics = self.trainer.epoch(order)
         bad = ~(np.isfinite(metrics["bound"]) & np.isfinite(metrics["grad_norm"])).all(axis=0)
@@ -404,6 +441,7 @@ class _Loop:
             except storage.WriteFailed as error:
                 where += f" (not on disk: {error})"
         seed = f", seed {self.seeds[replicate]}" if len(self.seeds) > 1 else ""
+        seed += " of the starting phase" if self.first else ""
         raise NonFinite(
             f"site '{site}' must stay finite while training; got a non-finite value at step {step} "
             f"(epoch {self.epoch + 1}{seed}). "
@@ -415,8 +453,10 @@ class _Loop:
 
     def runs(self) -> list[Run]:
         return [
-            Run(program, self.objective, rows, {**self.config, "seed": seed})
-            for program, rows, seed in zip(self.trainer.programs(), self.rows, self.seeds, strict=True)
+            Run(program, self.objective, rows, {**self.config, "seed": seed, "phase": phase})
+            for program, rows, seed, phase in zip(
+                self.trainer.programs(), self.rows, self.seeds, self.phase, strict=True
+            )
         ]
 
     @property
@@ -429,7 +469,7 @@ class _Loop:
     def checkpoint(self) -> None:
         """State, history and settings in one file, so that they cannot disagree."""
         assert self.directory is not None
-        notes = {"epoch": self.epoch, "rows": self.rows, "settings": self._settings}
+        notes = {"epoch": self.epoch, "rows": self.rows, "phase": self.phase, "settings": self._settings}
         storage.save_arrays(self.directory / CHECKPOINT, self.trainer.arrays(), notes)
 
     def resume(self, epochs: int) -> None:
@@ -460,6 +500,7 @@ class _Loop:
             )
         self.trainer.restore(arrays)
         self.epoch, self.rows = notes["epoch"], notes["rows"]
+        self.phase = notes.get("phase", self.phase)
 
 
 def _check_settings(
@@ -475,6 +516,7 @@ def _check_settings(
     checkpoint_every: Any,
     resume: Any,
     directory: Any,
+    start: Any,
 ) -> None:
     if getattr(program, "engine", None) not in ("pyro", "numpyro"):
         raise must(
@@ -494,6 +536,8 @@ def _check_settings(
         if value is not None:
             whole_number(name, value)
     one_of("binarize", binarize, get_args(Binarize))
+    if start is not None:
+        instance_of("start", start, Start)
     if early_stopping is not None and (valid is None or replicates is not None):
         raise must(
             "early_stopping",
@@ -537,7 +581,7 @@ def _stalled(rows: list[dict[str, float | int]], patience: int) -> bool:
 class _bar:
     """A progress bar over epochs with the latest bound."""
 
-    def __init__(self, show: bool, epochs: int, loop: _Loop):
+    def __init__(self, show: bool, epochs: int, loop: _Loop, name: str = "epochs"):
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -545,12 +589,12 @@ class _bar:
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
         )
-        self.progress, self.epochs, self.loop = Progress(*columns, disable=not show), epochs, loop
+        self.progress, self.epochs, self.loop, self.name = Progress(*columns, disable=not show), epochs, loop, name
 
     def __enter__(self) -> Callable[[], None]:
         self.progress.start()
         self.task = self.progress.add_task(
-            "epochs", total=self.epochs, completed=self.loop.epoch, note="compiling" if self.loop.epoch == 0 else ""
+            self.name, total=self.epochs, completed=self.loop.epoch, note="compiling" if self.loop.epoch == 0 else ""
         )
         return self.tick
 

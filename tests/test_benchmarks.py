@@ -8,15 +8,18 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from elbozoo.benchmarks.records import Record
 from elbozoo.inference.errors import InvalidArgument
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SCRIPTS = {"__init__", "datasets", "records", "tables"}
-SMOKE = ["instruments", "iwae_mnist", "overhead"]
+SMOKE = ["instruments", "iwae_mnist", "local_minima", "overhead"]
 
 
 def test_every_script_has_a_smoke_row() -> None:
@@ -59,3 +62,45 @@ def test_a_result_file_is_of_one_setting(tmp_path: Path) -> None:
     assert more.cell("a", lambda: {"x": 2}) == {"x": 1}, "what is there is not measured again"
     with pytest.raises(InvalidArgument, match=r"be of the same settings.*config\.hidden"):
         Record(tmp_path / "r.json", "Q?\n\nA.", Config(200), (), grid=("seeds",))
+
+
+def minima_cell(start: str, objective: str, nll: list[float], collapsed: int = 0) -> dict[str, Any]:
+    """A cell of the study of local minima, as far as its claims and words go."""
+    count = len(nll)
+    dead = [r < collapsed for r in range(count)]
+    return {
+        "decoder": "strong", "start": start, "objective": objective, "seeds": list(range(count)), "nll": nll,
+        "collapsed": dead, "worse": dead, "rate": [0.5] * count, "rate_in_phase": [0.01] * count, "live_in_phase": [0] * count,
+        "recovery_epoch": [2 if start == "collapsed" and not d else None for d in dead],
+    }  # fmt: skip
+
+
+def test_claims_about_minima_are_read_off_the_cells() -> None:
+    from elbozoo.benchmarks.local_minima import claims, gap
+    from elbozoo.benchmarks.tables import _minima_words
+
+    rng = np.random.default_rng(0)
+    cells = {
+        "strong-normal-elbo": minima_cell("normal", "elbo", (40 + 0.1 * rng.random(8)).tolist()),
+        "strong-collapsed-elbo": minima_cell("collapsed", "elbo", (42 + 0.1 * rng.random(6)).tolist(), collapsed=6),
+        "strong-collapsed-annealed": minima_cell("collapsed", "annealed", (40 + 0.1 * rng.random(8)).tolist()),
+        "strong-normal-annealed": minima_cell("normal", "annealed", (40.05 + 0.1 * rng.random(8)).tolist()),
+    }
+    one, two = ("strong", "collapsed", "elbo"), ("strong", "normal", "elbo")
+    found = gap(cells, one, two)
+    assert found is not None
+    welch = stats.ttest_ind(cells["-".join(one)]["nll"], cells["-".join(two)]["nll"], equal_var=False)
+    assert found[0] / found[1] == pytest.approx(welch.statistic, rel=1e-9)
+    assert gap(cells, one, ("weak", "normal", "elbo")) is None
+    held = claims(cells, tolerance=0.1)
+    assert held["strong decoder, collapsed start: the ELBO does not get out in any seed"]
+    assert held["strong decoder: the ELBO ends worse from the collapsed start than from the normal one"]
+    assert held["strong decoder, collapsed start: annealed ends better than the ELBO"]
+    assert not held["strong decoder, normal start: annealed ends better than the ELBO"]
+    assert not held["strong decoder, normal start: the ELBO leaves some seed with the whole latent collapsed"]
+    assert not any("weak" in claim or "iwae" in claim for claim in held), (
+        "nothing is claimed of cells that are not there"
+    )
+    said = " ".join(_minima_words(cells))
+    assert "6 of 30 runs end with the whole latent collapsed: 6 of elbo from the collapsed start." in said
+    assert f"From the collapsed start the plain ELBO ends {found[0]:.2f} ± {found[1]:.2f} nats above" in said

@@ -33,6 +33,7 @@ from elbozoo.inference import (
     Beta,
     Bound,
     Capacity,
+    Collapsed,
     DReG,
     FreeBits,
     Run,
@@ -229,6 +230,7 @@ def test_models(words: str, ask: Any):
 def test_settings_of_the_training(ask: Any):
     words = "--epochs 3 --batch-size 7 --seed 5 --replicates 2 --checkpoint-every 4 --device cpu --resume --out here"
     words += " --learning-rate 0.01 --eps 1e-4 --clip-norm 2 --valid validation --binarize threshold --no-progress"
+    words += " --start-from collapsed --start-epochs 2"
     asked = ask(f"vae --engine numpyro --data digits {words}")
     digits = load("digits", split="validation")
     np.testing.assert_array_equal(asked.pop("data"), digits.train)
@@ -239,6 +241,7 @@ def test_settings_of_the_training(ask: Any):
         "engine": "numpyro",
         "objective": ELBO(),
         "optimizer": Adam(0.01, eps=1e-4, clip_norm=2.0),
+        "start": Collapsed(epochs=2),
         "epochs": 3,
         "batch_size": 7,
         "seed": 5,
@@ -291,6 +294,8 @@ REFUSED = {
     "train vae --data flat.npy": r"flat\.npy must hold data as rows of an array; got shape \(3,\)\.",
     "train vae --data bytes.npy": r"data must lie in \[0, 1\] to be binarised; got \[0.*, 255.*\]\.",
     "train vae --early-stopping 2": r"early_stopping must go with held-out data",
+    "train vae --start-from warm": r"--start-from must be one of \['ppca', 'collapsed', 'informative'\]; got 'warm'",
+    "train vae --start-epochs 3": r"--start-epochs must go with --start-from; got no --start-from\. Add --start-from ",
     "train vae --out full": r"--out must be a folder without an earlier run; got full\. Add --resume ",
     "evaluate nowhere": r"nowhere/config\.json must ",
     "compare": r"RUN must be given; got none\.",

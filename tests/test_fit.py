@@ -409,7 +409,7 @@ def test_every_parameter_moves_and_stays_finite(engine: str) -> None:
         assert not np.array_equal(value, one.weights[name]), name
 
 
-BASE_KEYS = {"epoch", "step", "bound", "distortion", "rate", "kl_z", "grad_norm", "seconds"}
+BASE_KEYS = {"epoch", "step", "bound", "distortion", "rate", "kl_z", "live_z", "grad_norm", "seconds"}
 KEYS = {
     "plain": ({"objective": ELBO()}, set()),
     "held out": ({"objective": ELBO(), "valid": data(16)}, {"valid_bound"}),

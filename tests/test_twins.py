@@ -26,6 +26,7 @@ from elbozoo.inference.weights import from_torch_layout, to_torch_layout
 from elbozoo.zoo import (
     MLP,
     VAE,
+    AutoregressiveBernoulli,
     Bernoulli,
     ContinuousBernoulli,
     Conv,
@@ -52,6 +53,8 @@ BATCH, PARTICLES, TOLERANCE = 3, 2, 1e-10
 GUIDES = (DiagonalGaussian(), FullCovarianceGaussian())
 LIKELIHOODS = (
     Bernoulli(),
+    AutoregressiveBernoulli(data_dim=16),
+    AutoregressiveBernoulli(data_dim=16, masked_units=5),
     ContinuousBernoulli(),
     Gaussian(scale=0.7),
     Gaussian(scale="learned"),

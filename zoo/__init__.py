@@ -3,7 +3,14 @@
 if __name__ == "zoo":
     raise ImportError("zoo must be a part of elbozoo; got the bare name. Write `import elbozoo.zoo`.")
 
-from elbozoo.zoo.likelihoods import Bernoulli, ContinuousBernoulli, DiscretizedLogistic, Gaussian, Likelihood
+from elbozoo.zoo.likelihoods import (
+    AutoregressiveBernoulli,
+    Bernoulli,
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    Gaussian,
+    Likelihood,
+)
 from elbozoo.zoo.linear_vae import LinearVAE
 from elbozoo.zoo.networks import MLP, Conv, Network
 from elbozoo.zoo.spec import Spec
@@ -12,6 +19,7 @@ from elbozoo.zoo.vae import VAE
 __all__ = [
     "MLP",
     "VAE",
+    "AutoregressiveBernoulli",
     "Bernoulli",
     "ContinuousBernoulli",
     "Conv",

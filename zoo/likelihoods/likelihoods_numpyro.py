@@ -14,6 +14,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
 from elbozoo.zoo import likelihoods as specs
+from elbozoo.zoo.networks.networks_numpyro import linear
 
 
 class Bernoulli(nnx.Module):
@@ -22,6 +23,24 @@ class Bernoulli(nnx.Module):
 
     def __call__(self, outputs: Array) -> dist.Distribution:
         return dist.Bernoulli(logits=outputs).to_event(1)
+
+
+class AutoregressiveBernoulli(nnx.Module):
+    def __init__(self, spec: specs.AutoregressiveBernoulli, rngs: nnx.Rngs):
+        self.spec = spec
+        self.autoregression = nnx.Param(jnp.zeros((spec.data_dim, spec.data_dim)))
+        if spec.masked_units:
+            self.hidden = linear(spec.data_dim, spec.masked_units, rngs)
+            self.readout = linear(spec.masked_units, spec.data_dim, rngs, bias=False)
+
+    def __call__(self, outputs: Array) -> dist.Distribution:
+        direct = jnp.tril(self.autoregression[...], -1)
+        if not self.spec.masked_units:
+            return AutoregressiveLogits(outputs, direct)
+        sees, seen = self.spec.masks()
+        assert self.hidden.bias is not None
+        hidden, readout = self.hidden.kernel[...].T * sees, self.readout.kernel[...].T * seen
+        return AutoregressiveLogits(outputs, direct, hidden, self.hidden.bias[...], readout)
 
 
 class ContinuousBernoulli(nnx.Module):
@@ -53,6 +72,50 @@ class DiscretizedLogistic(nnx.Module):
     def __call__(self, outputs: Array) -> dist.Distribution:
         loc, log_scale = jnp.split(outputs, 2, -1)
         return LogisticLevels(loc, log_scale, self.levels).to_event(1)
+
+
+class AutoregressiveLogits(dist.Distribution):
+    """Binary vectors, each entry given those before it; the spec has the mathematics, the matrices are masked here."""
+
+    arg_constraints: ClassVar = {"logits": constraints.real_vector}
+    support = constraints.independent(constraints.boolean, 1)
+    pytree_data_fields = ("direct", "hidden", "bias", "readout")
+
+    def __init__(
+        self,
+        logits: Array,
+        direct: Array,
+        hidden: Array | None = None,
+        bias: Array | None = None,
+        readout: Array | None = None,
+        *,
+        validate_args: bool | None = None,
+    ):
+        self.logits, self.direct, size = logits, direct, jnp.shape(logits)[-1]
+        self.hidden = jnp.zeros((0, size), direct.dtype) if hidden is None else hidden  # no hidden unit: no row
+        self.bias = jnp.zeros(0, direct.dtype) if bias is None else bias
+        self.readout = jnp.zeros((size, 0), direct.dtype) if readout is None else readout
+        super().__init__(jnp.shape(logits)[:-1], jnp.shape(logits)[-1:], validate_args=validate_args)
+
+    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
+        shape = sample_shape + self.batch_shape + self.event_shape
+        logits, dtype = jnp.broadcast_to(self.logits, shape), jnp.result_type(self.logits)
+        noise = jax.random.logistic(key, shape, dtype)  # s(a) is how often it lies below a
+
+        def draw(i, state):
+            x, total = state
+            conditional = logits[..., i] + x @ self.direct[i] + jnp.tanh(total) @ self.readout[i]
+            entry = (noise[..., i] < conditional).astype(dtype)
+            return x.at[..., i].set(entry), total + entry[..., None] * self.hidden[:, i]
+
+        start = jnp.zeros(shape, dtype), jnp.broadcast_to(self.bias, (*shape[:-1], len(self.bias)))
+        return jax.lax.fori_loop(0, shape[-1], draw, start)[0]
+
+    @validate_sample
+    def log_prob(self, value: Array) -> Array:
+        hidden = jnp.tanh(value @ self.hidden.T + self.bias)
+        conditional = self.logits + (value @ self.direct.T + hidden @ self.readout.T)
+        return log_sigmoid((2 * value - 1) * conditional).sum(-1)
 
 
 class ContinuousBernoulliLogits(dist.Distribution):

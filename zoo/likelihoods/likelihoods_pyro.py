@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from elbozoo.zoo import likelihoods as specs
+from elbozoo.zoo.networks.networks_pyro import linear
 
 
 class Bernoulli(nn.Module):
@@ -19,6 +20,28 @@ class Bernoulli(nn.Module):
 
     def forward(self, outputs: Tensor) -> dist.Independent:
         return dist.Bernoulli(logits=outputs).to_event(1)
+
+
+class AutoregressiveBernoulli(nn.Module):
+    sees: Tensor
+    seen: Tensor
+
+    def __init__(self, spec: specs.AutoregressiveBernoulli):
+        super().__init__()
+        self.autoregression = nn.Parameter(torch.zeros(spec.data_dim, spec.data_dim))
+        self.masked_units = spec.masked_units
+        if spec.masked_units:
+            self.hidden = linear(spec.data_dim, spec.masked_units)
+            self.readout = linear(spec.masked_units, spec.data_dim, bias=False)
+            for name, mask in zip(("sees", "seen"), spec.masks(), strict=True):
+                self.register_buffer(name, torch.from_numpy(mask), persistent=False)
+
+    def forward(self, outputs: Tensor) -> AutoregressiveLogits:
+        direct = self.autoregression.tril(-1)
+        if not self.masked_units:
+            return AutoregressiveLogits(outputs, direct)
+        hidden, readout = self.hidden.weight * self.sees, self.readout.weight * self.seen
+        return AutoregressiveLogits(outputs, direct, hidden, self.hidden.bias, readout)
 
 
 class ContinuousBernoulli(nn.Module):
@@ -52,6 +75,56 @@ class DiscretizedLogistic(nn.Module):
     def forward(self, outputs: Tensor) -> dist.Independent:
         loc, log_scale = outputs.chunk(2, -1)
         return LogisticLevels(loc, log_scale, self.levels).to_event(1)
+
+
+class AutoregressiveLogits(TorchDistribution):
+    """Binary vectors, each entry given those before it; the spec has the mathematics, the matrices are masked here."""
+
+    arg_constraints: ClassVar = {"logits": constraints.real_vector}
+    support = constraints.independent(constraints.boolean, 1)
+
+    def __init__(
+        self,
+        logits: Tensor,
+        direct: Tensor,
+        hidden: Tensor | None = None,
+        bias: Tensor | None = None,
+        readout: Tensor | None = None,
+        *,
+        validate_args: bool | None = None,
+    ):
+        self.logits, self.direct, size = logits, direct, logits.shape[-1]
+        self.hidden = direct.new_zeros(0, size) if hidden is None else hidden  # no hidden unit: no row
+        self.bias = direct.new_zeros(0) if bias is None else bias
+        self.readout = direct.new_zeros(size, 0) if readout is None else readout
+        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        new = self._get_checked_instance(AutoregressiveLogits, _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.logits = self.logits.expand(batch_shape + self.event_shape)
+        new.direct, new.hidden, new.bias, new.readout = self.direct, self.hidden, self.bias, self.readout
+        super(AutoregressiveLogits, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def sample(self, sample_shape=()) -> Tensor:
+        with torch.no_grad():
+            shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
+            logits, noise = self.logits.expand(shape), torch.rand(shape, dtype=self.logits.dtype).to(self.logits.device)
+            x, total = torch.zeros_like(noise), self.bias.expand(*shape[:-1], -1).clone()
+            for i in range(shape[-1]):
+                conditional = logits[..., i] + x @ self.direct[i] + total.tanh() @ self.readout[i]
+                x[..., i] = (noise[..., i] < conditional.sigmoid()).to(noise.dtype)
+                total = total + x[..., i, None] * self.hidden[:, i]
+            return x
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        hidden = (value @ self.hidden.T + self.bias).tanh()
+        conditional = self.logits + (value @ self.direct.T + hidden @ self.readout.T)
+        return logsigmoid((2 * value - 1) * conditional).sum(-1)
 
 
 class ContinuousBernoulliLogits(TorchDistribution):

@@ -40,11 +40,12 @@ def network(name: str, build: Callable[[nnx.Rngs], nnx.Module]) -> Callable[...,
     return nnx_module(name, module) if jax.tree.leaves(nnx.state(module, nnx.Param)) else cast(Callable, module)
 
 
-def linear(num_inputs: int, num_outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(num_inputs: int, num_outputs: int, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
     """A dense layer with the initial weights the specs pin."""
     return nnx.Linear(
         num_inputs,
         num_outputs,
+        use_bias=bias,
         kernel_init=nnx.initializers.glorot_uniform(),
         bias_init=nnx.initializers.zeros_init(),
         param_dtype=jnp.result_type(float),

@@ -24,11 +24,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def linear(num_inputs: int, num_outputs: int) -> nn.Linear:
+def linear(num_inputs: int, num_outputs: int, bias: bool = True) -> nn.Linear:
     """A dense layer with the initial weights the specs pin."""
-    layer = nn.Linear(num_inputs, num_outputs)
+    layer = nn.Linear(num_inputs, num_outputs, bias)
     nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

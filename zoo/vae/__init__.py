@@ -62,6 +62,7 @@ class VAE(Spec):
         instance_of("likelihood", self.likelihood, Likelihood)
         instance_of("guide", self.guide, Family)
         self.network.check_data_dim(self.data_dim)
+        self.likelihood.check_data_dim(self.data_dim)
 
     def check(self, x: Any) -> None:
         self.likelihood.check(check_shape(x, self.data_dim))

@@ -1,0 +1,146 @@
+"""Starts: where training begins, when not at the initial weights. To see which minima an objective gets out of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from elbozoo.inference.errors import must
+from elbozoo.inference.objectives import ELBO, Objective
+from elbozoo.inference.parts import number, whole_number
+from elbozoo.inference.shapes import Beta
+
+
+class Start(ABC):
+    """Where training begins: a phase before it, or given weights.
+
+    After it the objective starts at its step 0 with a fresh optimiser state; of the phase the weights alone are left.
+    """
+
+    epochs: int
+
+    def __post_init__(self) -> None:
+        whole_number("epochs", self.epochs)
+
+    def weights(self, program: Any, x: np.ndarray) -> Mapping[str, np.ndarray] | None:
+        """Weights that are known without a phase, in torch's layout; None where there must be one."""
+        return None
+
+    @abstractmethod
+    def phase(self, program: Any, objective: Objective, x: np.ndarray) -> tuple[Any, Objective]:
+        """The program and the objective of the phase; the program has the parameters of the one to be started.
+
+        Args:
+            program: what is to be trained.
+            objective: on what.
+            x: the data, as the program takes them.
+        """
+
+
+@dataclass(frozen=True)
+class _Weighted(Start):
+    """A phase on ``E[log p(x|z)] - β KL``, with the gradient estimator of the objective that follows."""
+
+    epochs: int = 5
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("beta", self.beta, lambda v: v >= 0, "be finite and at least 0", "Use the default")
+
+    def phase(self, program: Any, objective: Objective, x: np.ndarray) -> tuple[Any, Objective]:
+        return program, Beta(ELBO(gradient=objective.gradient), self.beta)
+
+
+@dataclass(frozen=True)
+class Collapsed(_Weighted):
+    r"""Start collapsed: a phase with so heavy a KL that the guide becomes the prior, and the model does without z.
+
+    It maximises ``E[log p(x|z)] - β KL`` with a large β: under a linear model every direction of variance below
+    ``β σ²`` is given up. Any program will do.
+
+    Args:
+        epochs: passes over the data.
+        beta: β. With the usual scales of weights and data, the default leaves below 0.01 nats.
+
+    References: Lucas et al. 2019 (arXiv 1911.02469), section 3, on β and collapse in the linear model.
+    """
+
+    beta: float = 1000.0
+
+
+@dataclass(frozen=True)
+class Informative(_Weighted):
+    r"""Start informative: an autoencoder phase, in which the latents are all but free of charge.
+
+    It maximises ``E[log p(x|z)] - β KL`` with a small β. Any program will do.
+
+    Args:
+        epochs: passes over the data.
+        beta: β; 0 is the plain autoencoder, whose posteriors shrink for as long as it is trained.
+    """
+
+    beta: float = 0.01
+
+
+@dataclass(frozen=True)
+class PPCA(Start):
+    r"""Start at probabilistic PCA, the optimum of the linear model.
+
+    A ``LinearVAE`` gets its optimal weights at once. For a ``VAE`` pPCA of the data is a teacher, with posterior
+    ``t(z|x) = N(M^{-1} W^T (x - b), σ² M^{-1})``, diagonal since W's columns are orthogonal, and a phase fits guide and
+    model to it by maximising
+
+    .. math:: E_{z \sim t(z|x)} [\log p(x|z) + \log q(z|x)]
+
+    Args:
+        epochs: passes over the data, for a ``VAE``.
+
+    Raises: InvalidArgument, from ``fit``, for another program, for a latent as large as the data, and for data that
+        vary in no more directions than the latent has.
+
+    References: Tipping & Bishop 1999, Probabilistic principal component analysis, J. R. Stat. Soc. B 61, section 3.
+    """
+
+    epochs: int = 5
+
+    def weights(self, program: Any, x: np.ndarray) -> Mapping[str, np.ndarray] | None:
+        return program.spec.optimum(x) if hasattr(program.spec, "optimum") else None
+
+    def phase(self, program: Any, objective: Objective, x: np.ndarray) -> tuple[Any, Objective]:
+        from elbozoo.zoo import VAE
+
+        if not isinstance(program.spec, VAE):
+            got = "a program that is not of the zoo" if program.spec is None else type(program.spec).__name__
+            todo = "Use Collapsed or Informative, which any program can start from"
+            raise must("PPCA", "start a LinearVAE or a VAE, whose latent it has a posterior for", got, todo)
+        taught = import_module(f"elbozoo.inference.{program.engine}_teacher").taught
+        return taught(program, Teacher.of(x, program.spec.latent_dim, program.float_dtype)), ELBO()
+
+
+class Teacher(NamedTuple):
+    """pPCA's posterior ``N(x A^T + c, diag(scale²))``: A (latent_dim, data_dim), c and scale (latent_dim,)."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, x: np.ndarray, latent_dim: int, dtype: Any) -> Teacher:
+        """pPCA's posterior for the data ``x`` (N, data_dim). Raises: InvalidArgument (see :class:`PPCA`)."""
+        from elbozoo.zoo import LinearVAE
+
+        data = np.asarray(x, np.float64)
+        covariance = np.cov(data, rowvar=False, bias=True).reshape((data.shape[1],) * 2)
+        if (rank := int(np.linalg.matrix_rank(covariance, hermitian=True))) <= latent_dim:
+            todo = f"Pass a latent_dim below {rank}, or another start" if rank > 1 else "Use another start"
+            raise must("data", f"vary in more directions than the latent's {latent_dim} for PPCA", rank, todo)
+        found = LinearVAE(data.shape[1], latent_dim, learn_scale=True).optimum(data)
+        names = ("encoder.weight", "encoder.bias", "encoder_log_scale")
+        weight, bias, log_scale = (found[name].astype(dtype) for name in names)
+        return cls(weight, bias, np.exp(log_scale))
