@@ -403,11 +403,13 @@ class Diagnose:
     """Say whether a run is stuck, and why: a verdict in words, with its figures and a page of pictures.
 
     Args:
-        run: a run folder.
+        run: a run folder; or the folder of several replicates, which are compared, and the best diagnosed.
         data: a data set by name (its test images) or an .npy file; what the run was trained on if left out.
         data_dir: folder with the data sets' files; else ELBOZOO_DATA, else a cache into which they are fetched.
         num_particles: importance samples a datum, K of the NLL.
         num_data: diagnose on the first so many data only.
+        num_gaps: data for the split of the bound's gap (each is optimised by itself); 0 to leave it out.
+        num_simulations: simulated data for the guide's calibration; 0 to leave it out.
         seed: fixes the draws.
         out: folder for diagnosis.json and report.html (which has all that `elbozoo report` writes, and the diagnosis);
             the run folder if left out.
@@ -418,6 +420,8 @@ class Diagnose:
     data_dir: Annotated[Path | None, left_out("FOLDER")] = None
     num_particles: int = 1000
     num_data: int = 1000
+    num_gaps: int = 50
+    num_simulations: int = 500
     seed: int = 0
     out: Annotated[Path | None, left_out("FOLDER")] = None
 
@@ -425,16 +429,22 @@ class Diagnose:
         from elbozoo.report import write_diagnosis
 
         whole_number("--num-data", self.num_data, 2)
-        ((folder, run),) = load([self.run]).items()
+        replicates = sorted(self.run.glob("replicate-*"), key=lambda p: (len(p.name), p.name))
+        runs = load(replicates or [self.run])
+        folder, run = next(iter(runs.items()))
         data = Data.read(dataset_of(run, self.data), self.data_dir)
-        settings = {name: getattr(self, name) for name in ("num_particles", "num_data", "seed")}
+        names = ("num_particles", "num_data", "num_gaps", "num_simulations", "seed")
+        settings = {name: getattr(self, name) for name in names}
         images = data.test[: self.num_data]
-        found = diagnose(run, images, **settings, progress=out.is_terminal)
+        found = diagnose(run if len(runs) == 1 else list(runs.values()), images, **settings, progress=out.is_terminal)
+        if found.minima is not None:
+            folder, run = list(runs.items())[found.minima.best]
+            say(f"The best of {len(runs)} replicates is {folder}.")
         out.print(found.evaluation)
         for sentence in found.verdict:
             lines = textwrap.fill(sentence, min(out.width, 100), initial_indent="• ", subsequent_indent="  ")
             out.print(lines, markup=False)
-        place = self.out or folder
+        place = self.out or self.run
         storage.save_json(place / "diagnosis.json", {"data": data.name, "settings": settings, **found.summary()})
         labels = None if data.labels is None else data.labels[: self.num_data]
         write_diagnosis(run, found, images, place / "report.html", label=folder.resolve().name, labels=labels)

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 
 from elbozoo import pictures
 from elbozoo._version import __version__
+from elbozoo.calibration_figures import rank_histograms
 from elbozoo.inference import Diagnosis, Evaluation, RateDistortion, Run
 from elbozoo.inference.storage import write_atomically
 from elbozoo.options import describe
@@ -115,7 +116,7 @@ def write_diagnosis(
 
     Raises: WriteFailed.
     """
-    found, gaps = diagnosis.bottleneck, getattr(diagnosis, "gaps", None)
+    found, gaps = diagnosis.bottleneck, diagnosis.gaps
     return _write(
         "diagnosis.html.j2",
         path,
@@ -125,6 +126,7 @@ def write_diagnosis(
         plane=as_uri(pictures.rate_distortion_plane({label: found}, curve), "svg"),
         waterfall=None if gaps is None else as_uri(pictures.gap_waterfall(gaps), "svg"),
         collapse=as_uri(pictures.collapse_curve({label: found}), "svg"),
+        ranks=None if diagnosis.calibration is None else as_uri(rank_histograms(diagnosis.calibration), "svg"),
         aggregate=as_uri(pictures.aggregate_posterior(run, data, labels), "svg"),
         interpolations=as_uri(pictures.interpolations(run, data), "png"),
         traversals=as_uri(pictures.traversals(run, data), "png"),
@@ -134,7 +136,7 @@ def write_diagnosis(
 
 def figures(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
     """The figures behind a verdict: what it is, its value with its standard error, what it means."""
-    evaluation, found, gaps = diagnosis.evaluation, diagnosis.bottleneck, getattr(diagnosis, "gaps", None)
+    evaluation, found, gaps = diagnosis.evaluation, diagnosis.bottleneck, diagnosis.gaps
     nll = f"NLL, K = {evaluation.num_particles}"
     rows: list[tuple[str, float, float | None, str]]
     rows = [(nll, evaluation.nll, evaluation.nll_se, "−log p(x) by importance sampling; lower is better")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.evaluation import LARGE_K, Evaluation, evaluate
 from elbozoo.inference.exact import exact_log_lik
 from elbozoo.inference.information import Bottleneck, bottleneck
+from elbozoo.inference.minima import LocalMinima, local_minima
 from elbozoo.inference.parts import whole_number
 from elbozoo.inference.suboptimality import Gaps, gaps
 
@@ -36,6 +37,8 @@ class Diagnosis:
             else None.
         gaps: the bound's gap, split (:class:`elbozoo.inference.Gaps`); None where it was not asked for or is refused.
         calibration: the guide on the model's own data (:class:`elbozoo.inference.Calibration`); None as above.
+        minima: the seeds that were trained alike (:class:`elbozoo.inference.LocalMinima`), of which the best is the one
+            diagnosed; None for one run.
         refused: by instrument that the program does not allow, why.
     """
 
@@ -45,6 +48,7 @@ class Diagnosis:
     exact_nll_se: float | None = None
     gaps: Gaps | None = None
     calibration: Calibration | None = None
+    minima: LocalMinima | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -56,7 +60,8 @@ class Diagnosis:
     def verdict(self) -> list[str]:
         """One sentence or two on each question, figures included."""
         said = [*self._collapse(), self._nats(), self._looseness(), *self._split(), self._aggregate()]
-        return [*said, *self._calibrated(), *self._advice()]
+        seeds = [] if self.minima is None else self.minima.verdict
+        return [*said, *self._calibrated(), *seeds, *self._advice()]
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers and the verdict, for JSON; None where a number does not exist."""
@@ -74,6 +79,7 @@ class Diagnosis:
             **{k: v if v is None or math.isfinite(v) else None for k, v in exact.items()},
             "gaps": None if self.gaps is None else self.gaps.summary(),
             "calibration": None if self.calibration is None else self.calibration.summary(),
+            "minima": None if self.minima is None else self.minima.summary(),
             "refused": dict(self.refused),
             "verdict": self.verdict,
         }
@@ -158,10 +164,19 @@ class Diagnosis:
                 "first. If they collapse again, the likelihood itself has no use for them: at the optimum of a linear "
                 "decoder that is so when a direction's variance is below β σ²."
             )
-        advice += self._advice_on_the_gap()
+        advice += [*self._advice_on_the_gap(), *self._advice_on_seeds()]
         if found.marginal_kl > LOOSE and found.marginal_kl > 0.1 * found.rate:
             advice.append("Next: a learned prior; samples from this one land where no datum's posterior is.")
         return advice or ["Nothing here says that another objective would help."]
+
+    def _advice_on_seeds(self) -> list[str]:
+        if self.minima is None or not self.minima.worse.any():
+            return []
+        count, worst = int(self.minima.worse.sum()), float(self.minima.difference.max())
+        return [
+            f"Next: train several seeds and keep the best, or AnnealedKL: {count} of {len(self.minima.seeds)} seeds "
+            f"ended in a worse minimum, by up to {worst:.2f} nats."
+        ]
 
     def _advice_on_the_gap(self) -> list[str]:
         found, advice = self.gaps, []
@@ -201,8 +216,9 @@ def diagnose(
     r"""Measure a trained program and say what is the matter with it.
 
     Args:
-        run_or_program: a :class:`~elbozoo.inference.Run` (its data are binarised as in training), or a trained program
-            of either engine, with every site inside its data plate.
+        run_or_program: a :class:`~elbozoo.inference.Run` (its data are binarised as in training); several that differ
+            in their seeds, which are compared, and the best diagnosed; or a trained program of either engine. Every
+            site has to be inside the data plate.
         data: data that it was not trained on.
         num_particles: importance samples a datum, K of the NLL.
         num_data: so many of the data for the information (its cost is their square); None for all. The likelihood is
@@ -218,10 +234,18 @@ def diagnose(
     """
     whole_number("num_gaps", num_gaps, least=0)
     whole_number("num_simulations", num_simulations, least=0)
+    minima = None
+    if isinstance(run_or_program, Sequence):
+        runs, settings = run_or_program, {"num_particles": num_particles, "seed": seed, "progress": progress}
+        minima = local_minima(runs, data, **settings)
+        run_or_program = runs[minima.best]
     program = getattr(run_or_program, "program", run_or_program)
     arrays = run_or_program.prepare(data) if program is not run_or_program else prepare(program, data)
     options: dict[str, Any] = {"seed": seed, "progress": progress}
-    evaluation = evaluate(program, arrays, num_particles=num_particles, **options)
+    if minima is None:
+        evaluation = evaluate(program, arrays, num_particles=num_particles, **options)
+    else:
+        evaluation = minima.evaluations[minima.best]
     information = bottleneck(program, arrays, num_data=num_data, **options)
     exact = exact_log_lik(program, arrays)
     refused: dict[str, str] = {}
@@ -244,5 +268,6 @@ def diagnose(
             num_simulations,
             lambda: calibrate(program, arrays, num_simulations=num_simulations, **options),
         ),
+        minima=minima,
         refused=refused,
     )

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compile_once import as_users_run_it, compile_once  # noqa: F401
+from oracles import library, wrapped
 from scipy import stats
 
 from elbozoo.inference import InvalidArgument, annealed_importance_sampling, bracket, evaluate
 from elbozoo.inference.annealing import WU_2016, sigmoid_schedule
 from elbozoo.zoo import LinearVAE
-from tests.compile_once import as_users_run_it, compile_once  # noqa: F401
-from tests.oracles import library, wrapped
 
 FAST: dict[str, Any] = {"num_temperatures": 24, "num_chains": 8, "num_leapfrog": 4}
 FASTER: dict[str, Any] = {"num_temperatures": 6, "num_chains": 8, "num_leapfrog": 2}

@@ -581,12 +581,26 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_diagnose(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A verdict in words; the same and its figures as JSON."""
-    for folder in folders.values():
-        assert run(f"diagnose '{folder}' --num-data 40 --num-particles 20 --out '{tmp_path / 'd'}'") == 0
+    for name, folder in folders.items():
+        more = "--num-gaps 4 --num-simulations 40" if name == "numpyro" else "--num-gaps 0 --num-simulations 0"
+        assert run(f"diagnose '{folder}' --num-data 40 --num-particles 20 {more} --out '{tmp_path / 'd'}'") == 0
         text = " ".join(capsys.readouterr().out.split())
         found = json.loads((tmp_path / "d" / "diagnosis.json").read_text())
-        assert len(images((tmp_path / "d" / "report.html").read_text())) == 9
+        assert len(images((tmp_path / "d" / "report.html").read_text())) == (11 if name == "numpyro" else 9)
         assert found["bottleneck"]["num_data"] == 40
         assert all(" ".join(sentence.split())[:60] in text for sentence in found["verdict"])
         assert f"{found['evaluation']['nll']:.3f}" in text
     assert run("diagnose nowhere") == 2
+
+
+def test_diagnose_replicates(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """A folder of replicates: the best is diagnosed, and how the seeds differ is said."""
+    monkeypatch.chdir(tmp_path)
+    assert run("train linear-vae --data digits --epochs 1 --replicates 2 --out r --latent-dim 2") == 0
+    assert run("diagnose r --num-data 30 --num-particles 10 --num-gaps 0 --num-simulations 0") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "The best of 2 replicates is r/replicate-" in text
+    assert "Over 2 seeds the NLL" in text
+    found = json.loads((tmp_path / "r" / "diagnosis.json").read_text())
+    assert found["minima"]["num_data"] == 30
+    assert found["evaluation"]["nll"] == min(found["minima"]["nll"])

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compile_once import as_users_run_it, compile_once  # noqa: F401
+from oracles import library, wrapped
 from scipy import optimize, stats
 
 from elbozoo.inference import InvalidArgument, Refused, exact_log_lik, gaps
 from elbozoo.zoo import LinearVAE
-from tests.compile_once import as_users_run_it, compile_once  # noqa: F401
-from tests.oracles import library, wrapped
 
 
 def linear(rng: np.random.Generator, guide: str) -> tuple[LinearVAE, dict[str, np.ndarray], np.ndarray]:

@@ -249,17 +249,15 @@ def test_latents_that_all_data_share_have_no_picture(engine: str) -> None:
 
 def test_the_page_of_a_diagnosis(run: Run, x: np.ndarray, tmp_path: Any) -> None:
     """Every sentence and figure is on it, the waterfall where there are gaps, and nothing comes from elsewhere."""
-    found = diagnose(run, x, num_particles=20)
-    pages = []
-    gaps = SimpleNamespace(
-        elbo=-101.0, optimal_elbo=-99.0, richer_elbo=None, log_lik=-98.0, amortisation=2.0, amortisation_se=0.125,
-        approximation=1.0, approximation_se=0.2, log_lik_method="AIS",
-    )  # fmt: skip
+    settings = {"num_particles": 20, "num_data": 60}
     run.history.append({"epoch": 1, "bound": -3.0, "rate": 1.0, "distortion": 2.0, "seconds": 1.0})
-    for value in (None, gaps):
-        object.__setattr__(found, "gaps", value)
-        path = write_diagnosis(run, found, x, tmp_path / "page.html", label="<mine>")
+    found = diagnose(run, x, **settings, num_gaps=0, num_simulations=0)
+    whole = diagnose(run, x, **settings, num_gaps=6, num_simulations=60)
+    pages = []
+    for diagnosis in (found, whole):
+        path = write_diagnosis(run, diagnosis, x, tmp_path / "page.html", label="<mine>")
         pages.append(path.read_text())
+    assert whole.gaps is not None
     plain, with_gaps = pages
     import html
 
@@ -270,8 +268,8 @@ def test_the_page_of_a_diagnosis(run: Run, x: np.ndarray, tmp_path: Any) -> None
     assert "&lt;mine&gt;" in plain
     assert "<mine>" not in plain
     assert plain.count("<img") == 9
-    assert with_gaps.count("<img") == 10
-    assert "2.000 ± 0.125" in with_gaps
+    assert with_gaps.count("<img") == 11
+    assert f"{whole.gaps.amortisation:.3f} ± {whole.gaps.amortisation_se:.3f}" in with_gaps
     assert "amortisation" not in plain
     for page in pages:
         assert not __import__("re").search(r"""(?:src|href)=["'](?!data:)|<script|@import|url\(""", page)
