@@ -165,11 +165,9 @@ def _counts(cells: Mapping[str, dict[str, Any]]) -> str:
         started = [c for c in cells.values() if c["start"] == start]
         if started:
             rate, live = (np.concatenate([c[f"{name}_in_phase"] for c in started]).mean() for name in ("rate", "live"))
-            back = sum(epoch is not None for c in started for epoch in c["recovery_epoch"])
-            idle, count = back + sum(sum(c["collapsed"]) for c in started), sum(len(c["seeds"]) for c in started)
             words.append(
                 f"The {start} start's phase ends at a rate of {rate:.3g} nats, with {live:.1f} live dimensions; "
-                f"{idle} of {count} runs then go an epoch or more without a live dimension, and {back} of them recover."
+                f"{_idle(started)}."
             )
     kept = [
         f"{np.mean(c['rate']):.2f} nats from the {c['start']} start" for c in cells.values() if c["objective"] == "elbo"
@@ -181,6 +179,11 @@ def _counts(cells: Mapping[str, dict[str, Any]]) -> str:
         f"From cell to cell the mean rate goes from {min(rates):.2f} to {max(rates):.2f} nats, the mean NLL from "
         f"{min(nlls):.2f} to {max(nlls):.2f}."
     )
+    moving = max(abs(c["rate_by_epoch"][-1] - c["rate_by_epoch"][-2]) for c in cells.values())
+    words.append(
+        f"Training is not quite over: in the last epoch the mean rate still moves by up to {moving:.2f} nats, so seeds "
+        "that are told apart may be slow ones rather than stuck ones."
+    )
     spread = max(max(c["nll"]) - min(c["nll"]) for c in cells.values())
     worse = sum(sum(c["worse"]) for c in cells.values())
     words.append(
@@ -188,6 +191,15 @@ def _counts(cells: Mapping[str, dict[str, Any]]) -> str:
         "than their cell's best by more than the tolerance."
     )
     return " ".join(words)
+
+
+def _idle(cells: list[dict[str, Any]]) -> str:
+    """How long runs from such a start go without a live dimension."""
+    count, back = sum(len(c["seeds"]) for c in cells), sum(e is not None for c in cells for e in c["recovery_epoch"])
+    idle = back + sum(sum(c["collapsed"]) for c in cells)
+    if not idle:
+        return f"all {count} runs then have live dimensions from the first epoch on"
+    return f"{idle} of {count} runs then go an epoch or more without a live dimension, and {back} of them recover"
 
 
 def _differences(cells: Mapping[str, dict[str, Any]], decoder: str) -> str:
