@@ -160,24 +160,30 @@ def _counts(cells: Mapping[str, dict[str, Any]]) -> str:
         if any(c["collapsed"])
     ]
     words = [f"{sum(sum(c['collapsed']) for c in cells.values())} of {seeds} runs end with the whole latent collapsed"]
-    words[0] += (
-        f": {'; '.join(dead)}." if dead else ": there is no wholly collapsed minimum that any objective ends in."
-    )
+    words[0] += f": {'; '.join(dead)}." if dead else ", whatever its start and objective."
     for start in ("collapsed", "informative"):
         started = [c for c in cells.values() if c["start"] == start]
         if started:
-            rate, live = (np.mean([c[f"{name}_in_phase"] for c in started]) for name in ("rate", "live"))
-            back = [e for c in started for e in c["recovery_epoch"] if e is not None]
-            count = sum(len(c["seeds"]) for c in started)
+            rate, live = (np.concatenate([c[f"{name}_in_phase"] for c in started]).mean() for name in ("rate", "live"))
             words.append(
                 f"The {start} start's phase ends at a rate of {rate:.3g} nats, with {live:.1f} live dimensions; "
-                f"{len(back)} of {count} runs then stay without a live dimension for an epoch or more, and recover."
+                f"{_idle(started)}."
             )
-    rates = [
+    kept = [
         f"{np.mean(c['rate']):.2f} nats from the {c['start']} start" for c in cells.values() if c["objective"] == "elbo"
     ]
-    if len(rates) > 1:
-        words.append(f"The plain ELBO ends at a rate of {', '.join(rates)}.")
+    if len(kept) > 1:
+        words.append(f"The plain ELBO ends at a rate of {', '.join(kept)}.")
+    rates, nlls = ([float(np.mean(c[name])) for c in cells.values()] for name in ("rate", "nll"))
+    words.append(
+        f"From cell to cell the mean rate goes from {min(rates):.2f} to {max(rates):.2f} nats, the mean NLL from "
+        f"{min(nlls):.2f} to {max(nlls):.2f}."
+    )
+    moving = max(abs(c["rate_by_epoch"][-1] - c["rate_by_epoch"][-2]) for c in cells.values())
+    words.append(
+        f"Training is not quite over: in the last epoch the mean rate still moves by up to {moving:.2f} nats, so seeds "
+        "that are told apart may be slow ones rather than stuck ones."
+    )
     spread = max(max(c["nll"]) - min(c["nll"]) for c in cells.values())
     worse = sum(sum(c["worse"]) for c in cells.values())
     words.append(
@@ -185,6 +191,15 @@ def _counts(cells: Mapping[str, dict[str, Any]]) -> str:
         "than their cell's best by more than the tolerance."
     )
     return " ".join(words)
+
+
+def _idle(cells: list[dict[str, Any]]) -> str:
+    """How long runs from such a start go without a live dimension."""
+    count, back = sum(len(c["seeds"]) for c in cells), sum(e is not None for c in cells for e in c["recovery_epoch"])
+    idle = back + sum(sum(c["collapsed"]) for c in cells)
+    if not idle:
+        return f"all {count} runs then have live dimensions from the first epoch on"
+    return f"{idle} of {count} runs then go an epoch or more without a live dimension, and {back} of them recover"
 
 
 def _differences(cells: Mapping[str, dict[str, Any]], decoder: str) -> str:

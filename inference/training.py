@@ -353,15 +353,8 @@ def fit(
     if resume and directory is not None and (Path(directory) / CHECKPOINT).exists():
         loop.resume(epochs)
     elif start is not None and weights is None:
-        begun = make(*start.phase(program, objective, example[0]))
-        begun.adopt(trainer)
-        phase = _Loop(begun, objective, config, seeds, None, first=_PHASE)
-        with _bar(progress, start.epochs, phase, "start") as tick:
-            while phase.epoch < start.epochs:
-                phase.run_epoch(num_data, batch_size)
-                tick()
-        trainer.adopt(begun)
-        loop.phase = [{n: v for n, v in rows[-1].items() if n != "seconds"} for rows in phase.rows]
+        _run_phase(start, make(*start.phase(program, objective, example[0])), loop, num_data, batch_size, progress)
+    del example  # redrawn pixels would stay in memory twice
 
     def stopped() -> bool:
         return loop.epoch >= epochs or (early_stopping is not None and _stalled(loop.rows[0], early_stopping))
@@ -382,6 +375,18 @@ def fit(
         for r, run in enumerate(runs):
             run.save(Path(directory) if replicates is None else Path(directory) / f"replicate-{r}")
     return runs[0] if replicates is None else runs
+
+
+def _run_phase(start: Start, trainer: Any, loop: _Loop, num_data: int, batch_size: int, progress: bool) -> None:
+    """Train the phase of a start from the initial parameters of ``loop``, and hand the trained ones over to it."""
+    trainer.adopt(loop.trainer)
+    phase = _Loop(trainer, loop.objective, loop.config, loop.seeds, None, first=_PHASE)
+    with _bar(progress, start.epochs, phase, "start") as tick:
+        while phase.epoch < start.epochs:
+            phase.run_epoch(num_data, batch_size)
+            tick()
+    loop.trainer.adopt(trainer)
+    loop.phase = [{n: v for n, v in rows[-1].items() if n != "seconds"} for rows in phase.rows]
 
 
 class _Loop:

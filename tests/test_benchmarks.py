@@ -70,7 +70,7 @@ def minima_cell(start: str, objective: str, nll: list[float], collapsed: int = 0
     dead = [r < collapsed for r in range(count)]
     return {
         "decoder": "strong", "start": start, "objective": objective, "seeds": list(range(count)), "nll": nll,
-        "collapsed": dead, "worse": dead, "rate": [0.5] * count, "rate_in_phase": [0.01] * count, "live_in_phase": [0] * count,
+        "collapsed": dead, "worse": dead, "rate": [0.5] * count, "rate_by_epoch": [0.1, 0.5], "rate_in_phase": [0.01] * count, "live_in_phase": [0] * count,
         "recovery_epoch": [2 if start == "collapsed" and not d else None for d in dead],
     }  # fmt: skip
 
