@@ -25,7 +25,7 @@ from elbozoo.inference.training import fit
 Vector = Float[np.ndarray, " N"]
 
 _PARTICLES = 8  # of the local optimisation's ELBO
-_STEP = 0.1  # its first step size, in units of unconstrained parameters; it falls to 0 along a cosine
+_STEP = 0.03  # its first step size, in units of unconstrained parameters; it falls to 0 along a cosine
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +88,9 @@ def gaps(
 
     ``q*`` is found by optimising the parameters of the guide's distributions for each datum by itself, from where the
     guide puts them (Adam on the ELBO with sticking-the-landing gradients); so ``q*`` may still be short of the best
-    member of the family. Diagonal Gaussians are optimised as full ones too: what that wins is what a full-covariance
-    guide could win at most. ``log p(x)`` is exact where the model has it; else it is estimated by annealed importance
-    sampling from the richest of these guides.
+    member of the family. From there diagonal Gaussians are optimised on as full ones: what that wins is what a
+    full-covariance guide could win at most. ``log p(x)`` is exact where the model has it; else it is estimated by
+    annealed importance sampling from the richest of these guides.
 
     Args:
         program: a trained program of either engine with reparameterised latents inside its data plate.
@@ -129,7 +129,7 @@ def gaps(
     columns = {"elbo": bound(program), "optimal_elbo": bound(optimal)}
     best = optimal
     if any(site.guide_family == "Normal" for site in outline.sites.values()):
-        best = _optimised(program.localised(arrays, full_covariance=True), arrays, num_steps, seed, progress)
+        best = _optimised(optimal.localised(arrays, full_covariance=True), arrays, num_steps, seed, progress)
         columns["richer_elbo"] = bound(best)
     exact, method = exact_log_lik(program, arrays), "exact"
     if exact is None:

@@ -87,7 +87,7 @@ def test_without_a_closed_form_annealing_takes_its_place(engine: str, rng: np.ra
     joint = stats.gamma.logpdf(z, 3.0) + stats.norm.logpdf(x[:, None], z)
     exact = np.log(np.trapezoid(np.exp(joint), z, axis=1))
     found = gaps(
-        wrapped(engine, model, guide), x, num_steps=200, num_particles=20_000, num_temperatures=24, num_chains=32
+        wrapped(engine, model, guide), x, num_steps=600, num_particles=20_000, num_temperatures=24, num_chains=32
     )
     assert found.log_lik_method.startswith("AIS, 32 chains, 24 temperatures")
     near(found.per_datum["log_lik"], exact, short=1e-2)
