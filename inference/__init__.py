@@ -19,7 +19,7 @@ from elbozoo.inference.posterior import to_arviz
 from elbozoo.inference.rate_distortion import RateDistortion, RatePoint, rate_distortion
 from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, Shape
 from elbozoo.inference.starts import PPCA, Collapsed, Informative, Start
-from elbozoo.inference.suboptimality import Gaps, gaps
+from elbozoo.inference.suboptimality import Gaps, gaps, optimise_guide
 from elbozoo.inference.terms import Site, Terms
 from elbozoo.inference.training import Run, fit
 
@@ -79,6 +79,7 @@ __all__ = [
     "gaps",
     "ground_truth",
     "local_minima",
+    "optimise_guide",
     "rate_distortion",
     "to_arviz",
 ]

@@ -11,7 +11,7 @@ from compile_once import as_users_run_it, compile_once  # noqa: F401
 from oracles import library, wrapped
 from scipy import optimize, stats
 
-from elbozoo.inference import InvalidArgument, Refused, exact_log_lik, gaps
+from elbozoo.inference import InvalidArgument, Refused, evaluate, exact_log_lik, gaps, optimise_guide
 from elbozoo.zoo import LinearVAE
 
 
@@ -194,3 +194,16 @@ def test_the_spec_knows_its_marginal(engine: str, rng: np.random.Generator) -> N
     found = exact_log_lik(getattr(spec, engine)().with_weights(best), x)
     covariance = best["decoder.weight"] @ best["decoder.weight"].T + 0.49 * np.eye(5)
     np.testing.assert_allclose(found, stats.multivariate_normal(best["decoder.bias"], covariance).logpdf(x))
+
+
+@pytest.mark.numpyro
+def test_an_optimised_guide_is_a_program(rng: np.random.Generator) -> None:
+    """Every datum's own best guide, evaluated like any other: with a full covariance it is exact, and k̂ says so."""
+    spec, best, x = linear(rng, "diagonal")
+    shifted = best | {"encoder.bias": best["encoder.bias"] + 0.3}
+    program = spec.numpyro().with_weights(shifted)
+    full = optimise_guide(program, x, full_covariance=True, num_steps=200)
+    found = evaluate(full, x, num_particles=50, batch_size=len(x))
+    np.testing.assert_allclose(found.per_datum.elbo, spec.log_prob(best, x), atol=2e-2)
+    assert found.per_datum.ess.min() > 49
+    assert program.weights.keys() == shifted.keys(), "the program itself is as it was"
