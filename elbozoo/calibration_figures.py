@@ -41,7 +41,8 @@ def rank_histograms(calibration: Calibration, *, coverage: float = 0.99, columns
         panel.axhline(calibration.num_simulations * share, color="0.3", linewidth=0.8, zorder=3)
         style = {"color": "0.25" if wrong else "0.6", "edgecolor": "white", "linewidth": 0.4, "zorder": 2}
         panel.bar(edges, histograms[name][i], width=width, **style)
-        panel.set_title(f"{name}[{i}]: {words[name][i]}" if wrong else f"{name}[{i}]", fontsize=9)
+        said = words[name][i].replace(" and ", "\n") if wrong else ""
+        panel.set_title(f"{name}[{i}] {said}".rstrip(), fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in axes.flat[len(panels) :]:
         panel.set_visible(False)

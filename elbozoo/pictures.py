@@ -241,8 +241,8 @@ def gap_waterfall(gaps: Any) -> Figure:
     if gaps.richer_elbo is None:
         steps.append(("family", gaps.optimal_elbo, gaps.log_lik, gaps.approximation_se))
     else:
-        steps += [("family,\nclosed by a\nricher one", gaps.optimal_elbo, gaps.richer_elbo, 0.0)]
-        steps += [("family,\nthe rest", gaps.richer_elbo, gaps.log_lik, gaps.approximation_se)]
+        steps += [("family:\ncorrelations", gaps.optimal_elbo, gaps.richer_elbo, 0.0)]
+        steps += [("family:\nbeyond Gaussian", gaps.richer_elbo, gaps.log_lik, gaps.approximation_se)]
     figure, (axes,) = _panels(1, width=5.5, height=3.4)
     ends = [gaps.elbo, gaps.log_lik]
     levels = [*ends, *(level for step in steps for level in step[1:3])]
@@ -257,7 +257,8 @@ def gap_waterfall(gaps: Any) -> Figure:
         axes.plot([i - 1.4, i + 0.4], [start, start], color=DARK, linewidth=0.6, linestyle=":")
     for x, level in zip((0, len(steps) + 1), ends, strict=True):
         axes.text(x, level + 0.03 * span, f"{level:.2f}", ha="center", fontsize=9)
-    names = ["ELBO", *(name for name, *_ in steps), f"log p(x)\n({gaps.log_lik_method})"]
+    names = ["ELBO", *(name for name, *_ in steps), "log p(x)"]
+    axes.set_title(f"log p(x): {gaps.log_lik_method}", fontsize=8)
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set(ylabel="nats per datum", ylim=(floor, max(levels) + 0.25 * span))
     return figure

@@ -141,19 +141,23 @@ class Diagnosis:
 
     def _aggregate(self) -> str:
         found = self.bottleneck
-        full = found.mutual_information > 0.9 * math.log(found.num_data)
-        ceiling = (
-            f", close to the log {found.num_data} = {math.log(found.num_data):.2f} that so many data can show: "
-            "it may be more"
-            if full
-            else ""
-        )
         information = f"{found.mutual_information:.2f} ± {found.mutual_information_se:.2f}"
+        distance = f"{found.marginal_kl:.2f} ± {found.marginal_kl_se:.2f}"
+        if self._saturated:
+            return (
+                f"Of the rate, at least {information} nats say which datum it is, which is close to the log "
+                f"{found.num_data} = {math.log(found.num_data):.2f} that so many data can show; at most {distance} "
+                "are the aggregate posterior's distance from the prior. More data would tell them apart."
+            )
         return (
-            f"Of the rate, {information} nats say which datum it is{ceiling}; "
-            f"{found.marginal_kl:.2f} ± {found.marginal_kl_se:.2f} are the aggregate posterior's distance "
+            f"Of the rate, {information} nats say which datum it is; {distance} are the aggregate posterior's distance "
             "from the prior."
         )
+
+    @property
+    def _saturated(self) -> bool:
+        """Posteriors overlap so little that the information is about how many data there are."""
+        return self.bottleneck.mutual_information > 0.9 * math.log(self.bottleneck.num_data)
 
     def _advice(self) -> list[str]:
         found, advice = self.bottleneck, []
@@ -165,7 +169,7 @@ class Diagnosis:
                 "decoder that is so when a direction's variance is below β σ²."
             )
         advice += [*self._advice_on_the_gap(), *self._advice_on_seeds()]
-        if found.marginal_kl > LOOSE and found.marginal_kl > 0.1 * found.rate:
+        if found.marginal_kl > LOOSE and found.marginal_kl > 0.1 * found.rate and not self._saturated:
             advice.append("Next: a learned prior; samples from this one land where no datum's posterior is.")
         return advice or ["Nothing here says that another objective would help."]
 

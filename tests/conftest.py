@@ -18,6 +18,8 @@ from threadpoolctl import threadpool_limits
 # Read once, when jax, matplotlib and torch start; programs that a test runs inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_X64"] = "1"
+# Most of the suite's time is XLA compiling small programs that run once: compile fast, not well.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["MPLBACKEND"] = "Agg"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker keeps to one core: workers that each start a thread a core slow one another down.

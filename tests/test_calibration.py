@@ -211,7 +211,7 @@ def test_figure(tmp_path: Any) -> None:
     figure = rank_histograms(Calibration(ranks, 1000, 99, 20))
     shown = [panel for panel in figure.axes if panel.get_visible()]
     assert [panel.get_title() for panel in shown[:5]] == [f"z[{i}]" for i in range(5)]
-    assert shown[5].get_title().startswith("c[0]: too ")
+    assert shown[5].get_title().startswith("c[0] too ")
     assert [bar.get_height() for bar in shown[0].patches if bar.get_width() == 5][:20] == list(
         Calibration(ranks, 1000, 99, 20).histograms["z"][0]
     )
