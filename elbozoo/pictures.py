@@ -235,14 +235,14 @@ def gap_waterfall(gaps: Any) -> Figure:
 
     Args:
         gaps: anything with ``elbo``, ``optimal_elbo``, ``richer_elbo`` (or None), ``log_lik`` (means, nats per datum),
-            ``amortisation`` and ``approximation`` with their ``_se``, and ``log_lik_method``.
+            the ``_se`` of ``amortisation``, ``approximation`` and ``richer``, and ``log_lik_method``.
     """
     steps = [("amortisation", gaps.elbo, gaps.optimal_elbo, gaps.amortisation_se)]
     if gaps.richer_elbo is None:
         steps.append(("family", gaps.optimal_elbo, gaps.log_lik, gaps.approximation_se))
     else:
-        steps += [("family:\ncorrelations", gaps.optimal_elbo, gaps.richer_elbo, 0.0)]
-        steps += [("family:\nbeyond Gaussian", gaps.richer_elbo, gaps.log_lik, gaps.approximation_se)]
+        steps += [("family:\ncorrelations", gaps.optimal_elbo, gaps.richer_elbo, gaps.richer_se)]
+        steps += [("family:\nbeyond Gaussian", gaps.richer_elbo, gaps.log_lik, math.nan)]
     figure, (axes,) = _panels(1, width=5.5, height=3.4)
     ends = [gaps.elbo, gaps.log_lik]
     levels = [*ends, *(level for step in steps for level in step[1:3])]

@@ -141,7 +141,9 @@ def figures(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, float, float | None, str]]
     rows = [(nll, evaluation.nll, evaluation.nll_se, "−log p(x) by importance sampling; lower is better")]
     if diagnosis.exact_nll is not None:
-        rows.append(("NLL, exact", diagnosis.exact_nll, diagnosis.exact_nll_se, "−log p(x) in closed form"))
+        rows.append(
+            ("NLL, exact", diagnosis.exact_nll, diagnosis.exact_nll_se, "−log p(x) in closed form or by enumeration")
+        )
     rows += [
         ("−ELBO", -evaluation.elbo, None, "rate + distortion"),
         ("gap", diagnosis.gap, None, "log p(x) − ELBO: exactly, or at least so much"),

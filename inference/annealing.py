@@ -18,7 +18,7 @@ from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import NonFinite
 from elbozoo.inference.evaluation import call_seed, call_size
 from elbozoo.inference.parts import number, one_of, whole_number
-from elbozoo.inference.simulation import simulate
+from elbozoo.inference.simulation import places, simulate
 from elbozoo.inference.terms import Terms
 
 Start = Literal["guide", "prior"]
@@ -98,6 +98,7 @@ def annealed_importance_sampling(
     start: Start = "guide",
     target_acceptance: float = 0.65,
     seed: int = 0,
+    batch_size: int | None = None,
     memory_limit: int = 2**30,
     progress: bool = False,
 ) -> AnnealedLikelihood:
@@ -111,8 +112,8 @@ def annealed_importance_sampling(
 
     so that ``E[log mean_k w_k] ≤ log p(x)``. With one temperature and ``start="guide"`` it is importance sampling. The
     βs are a sigmoid schedule. Step sizes, by temperature and datum, are found by a pilot run of a quarter of the
-    temperatures and then held, so that the weights are exact; latents with a bounded support are moved in unconstrained
-    space.
+    temperatures (50 at least, if there are as many) and then held, so that the weights are exact; latents with a
+    bounded support are moved in unconstrained space.
 
     Args:
         program: a trained program of either engine with continuous latents inside its data plate.
@@ -124,7 +125,8 @@ def annealed_importance_sampling(
         start: "guide" (closer to the posterior) or "prior" (nothing of the guide comes in).
         target_acceptance: what the step sizes aim at.
         seed: equal arguments give equal results.
-        memory_limit: bytes that one call may take, approximately.
+        batch_size: data in one call; chosen when None.
+        memory_limit: bytes that one call may take, approximately, where ``batch_size`` is None.
         progress: show a progress bar.
 
     Returns: an :class:`AnnealedLikelihood`; nats per datum. State T, K, L and the start with its figures.
@@ -136,7 +138,9 @@ def annealed_importance_sampling(
     """
     settings = _Settings(num_temperatures, num_chains, num_leapfrog, start, target_acceptance, seed)
     began, arrays = time.perf_counter(), prepare(program, data)
-    batch, _ = call_size(arrays, num_chains, memory_limit=memory_limit)
+    if batch_size is not None:
+        whole_number("batch_size", batch_size)
+    batch = min(len(arrays[0]), batch_size or call_size(arrays, num_chains, memory_limit=memory_limit)[0])
     found: list[dict[str, Any]] = []
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("annealing", total=math.ceil(len(arrays[0]) / batch) * settings.cost(1))
@@ -179,6 +183,7 @@ def bracket(
     num_leapfrog: int = 10,
     start: Start = "guide",
     target_acceptance: float = 0.65,
+    observed: Mapping[str, int] | None = None,
     seed: int = 0,
     memory_limit: int = 2**30,
     progress: bool = False,
@@ -191,7 +196,9 @@ def bracket(
 
     Args:
         program: as for :func:`annealed_importance_sampling`, as are the other arguments.
-        data: the simulated data have its shapes (its values are not used, but checked).
+        data: observed arrays give their shapes alone; others (covariates) are used as they are.
+        observed: by observed site, which argument of the program is its data (0 for the first), where shapes do not
+            tell.
 
     Returns: a :class:`Bracket`; nats per datum.
     Raises: as :func:`annealed_importance_sampling`; InvalidArgument where it cannot be told which argument of the
@@ -203,7 +210,9 @@ def bracket(
     settings = _Settings(num_temperatures, num_chains, num_leapfrog, start, target_acceptance, seed)
     began, like = time.perf_counter(), prepare(program, data)
     batch, _ = call_size(like, num_chains, memory_limit=memory_limit)
-    arrays, latents = simulate(program, like, call_seed(seed, _DATA, 0))
+    where = places(program, like, observed, call_seed(seed, _DATA, 0), "bracket")
+    drawn, arrays = simulate(program, like, where, call_seed(seed, _DATA, 1))
+    latents = {name: z[0] for name, z in drawn.items()}
     lower, upper, accepted = [], [], []
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("annealing there and back", total=math.ceil(len(like[0]) / batch) * settings.cost(2))
@@ -256,7 +265,7 @@ class _Settings:
     @property
     def pilot(self) -> int:
         """Temperatures of the pilot run."""
-        return max(1, self.num_temperatures // 4)
+        return max(self.num_temperatures // 4, min(self.num_temperatures, 50))
 
     @property
     def segment(self) -> int:

@@ -19,7 +19,7 @@ from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import NonFinite, must
 from elbozoo.inference.evaluation import call_seed, call_size, check_plate
 from elbozoo.inference.parts import whole_number
-from elbozoo.inference.posterior import may_be
+from elbozoo.inference.simulation import places, simulate
 from elbozoo.inference.terms import Terms
 
 LEVEL = 0.01
@@ -128,7 +128,9 @@ class Calibration:
             figures = f"smallest corrected p-value {p:.2g}, {self.num_simulations} simulations"
             kinds = dict.fromkeys(word for word in words if word != "calibrated")
             if not kinds:
-                said.append(f"The guide is calibrated in all {len(words)} dimensions of {name} ({figures}).")
+                said.append(
+                    f"No miscalibration of the guide is found in {len(words)} dimensions of {name} ({figures})."
+                )
                 continue
             parts = [
                 f"{kind} in {words.count(kind)} ({', '.join(str(i) for i, w in enumerate(words) if w == kind)})"
@@ -215,8 +217,8 @@ def calibrate(
         progress: show a progress bar.
 
     Returns: a :class:`Calibration`.
-    Raises: InvalidArgument for bad data, a latent outside the data plate, an observed site of which it cannot be told
-        which argument its data are; NonFinite for draws that are nan.
+    Raises: InvalidArgument for bad data, a latent outside the data plate, one that is drawn given observed data, an
+        observed site of which it cannot be told which argument its data are; NonFinite for draws that are nan.
 
     References: Talts, Betancourt, Simpson, Vehtari & Gelman 2018 (arXiv 1804.06788); Holm 1979, A simple sequentially
         rejective multiple test procedure, Scand. J. Stat. 6.
@@ -225,68 +227,17 @@ def calibrate(
     whole_number("num_draws", num_draws, least=2)
     whole_number("seed", seed, least=0)
     arrays = prepare(program, data)
-    places = _places(program, arrays, observed, seed)
+    where = places(program, arrays, observed, call_seed(seed, _SHAPES, 0), "calibrate")
     parts: dict[str, list[np.ndarray]] = {}
     rng = np.random.default_rng([seed, _TIES])
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("calibrate", total=num_simulations)
-        for truth, drawn, keep in _simulations(program, arrays, places, num_simulations, num_draws, seed):
+        for truth, drawn, keep in _simulations(program, arrays, where, num_simulations, num_draws, seed):
             for name, z in truth.items():
                 parts.setdefault(name, []).append(_ranks(name, z, drawn[name], rng)[:keep])
             bar.advance(task, keep)
     ranks = {name: np.concatenate(part) for name, part in parts.items()}
     return Calibration(ranks, num_simulations, num_draws, _num_bins(num_simulations, num_draws))
-
-
-def _places(
-    program: Any, arrays: tuple[np.ndarray, ...], observed: Mapping[str, int] | None, seed: int
-) -> dict[str, int]:
-    """By observed site, which argument of the program holds its data."""
-    out = program.predict(arrays, seed=call_seed(seed, _SHAPES, 0), prior=True)
-    for name, z in out["latent"].items():
-        if z.shape[1:2] != (len(arrays[0]),):
-            todo = "Move it into the data plate, and other plates to the right of that or into event dims"
-            got = f"shape {z.shape[1:]} for {len(arrays[0])} data"
-            raise must(f"site '{name}'", "have the data along its first dim", got, todo)
-    shapes = {name: x.shape[1:] for name, x in out["observed"].items()}
-    candidates, places = may_be(arrays, shapes), dict(observed or {})
-    for name, place in places.items():
-        if name not in shapes:
-            raise must("observed", f"name observed sites, among {sorted(shapes)}", repr(name), "Rename or drop it")
-        if place not in candidates[name]:
-            todo = "Count the program's arguments from 0"
-            got = repr(place)
-            raise must(f"observed[{name!r}]", f"be an argument of shape {shapes[name]}", got, todo)
-    for name, found in candidates.items():
-        if name not in places:
-            if len(found) != 1:
-                got = f"{len(found)} arguments of shape {shapes[name]}, among {[a.shape for a in arrays]}"
-                todo = (
-                    f"Say which: calibrate(…, observed={{{name!r}: 0}})"
-                    if found
-                    else "Pass the data as the site has it"
-                )
-                raise must(f"site '{name}'", "be observed at one argument of the program", got, todo)
-            places[name] = found[0]
-    if not places:
-        raise must("program", "have an observed site", "none", "Give it one: sample('x', …, obs=x)")
-    if len(set(places.values())) < len(places):
-        raise must("observed", "give each site an argument of its own", places, "Say which is which with observed=")
-    return {name: places[name] for name in shapes}  # in the model's order
-
-
-def _of_model(
-    program: Any, args: tuple[np.ndarray, ...], places: Mapping[str, int], seed: int
-) -> tuple[dict[str, np.ndarray], tuple[np.ndarray, ...]]:
-    """One draw a datum from the model: latents ``(1, B, …)``, and the arguments with observed sites' draws in place."""
-    new = list(args)
-    latent: dict[str, np.ndarray] | None = None
-    for i, (name, place) in enumerate(places.items()):  # a later one may depend on the one before
-        out = program.predict(tuple(new), seed=(seed + i) % 2**31, prior=latent is None, values=latent)
-        latent = out["latent"] if latent is None else latent
-        new[place] = out["observed"][name][0].astype(args[place].dtype, copy=False)
-    assert latent is not None
-    return latent, tuple(new)
 
 
 def _draws(terms: Terms) -> dict[str, Any]:
@@ -298,7 +249,7 @@ def _draws(terms: Terms) -> dict[str, Any]:
 
 
 def _simulations(
-    program: Any, arrays: tuple[np.ndarray, ...], places: Mapping[str, int], count: int, num_draws: int, seed: int
+    program: Any, arrays: tuple[np.ndarray, ...], where: Mapping[str, int], count: int, num_draws: int, seed: int
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]]:
     """Batches of true latents ``(B, D)``, the guide's draws ``(L, B, D)``, and how many of the B count."""
     like = tuple(np.broadcast_to(a[:1], (count, *a.shape[1:])) for a in arrays)
@@ -306,8 +257,8 @@ def _simulations(
     for call, start in enumerate(range(0, count, batch)):
         # The last batch is a whole one: one shape, one compilation.
         rows = np.arange(start, start + batch) % len(arrays[0])
-        noise = call_seed(seed, _MODEL, call * len(places))
-        latent, args = _of_model(program, tuple(a[rows] for a in arrays), places, noise)
+        noise = call_seed(seed, _MODEL, call * len(where))
+        latent, args = simulate(program, tuple(a[rows] for a in arrays), where, noise)
         drawn: dict[str, list[np.ndarray]] = {name: [] for name in latent}
         for i in range(math.ceil(num_draws / chunk)):
             noise = call_seed(call_seed(seed, _GUIDE, 0), start, i)
@@ -333,7 +284,10 @@ def _ranks(name: str, truth: np.ndarray, drawn: np.ndarray, rng: np.random.Gener
 
 
 def _num_bins(num_simulations: int, num_draws: int) -> int:
-    """The most bins of as many ranks each, at most 20, of which each expects 20 simulations; two at least."""
+    """The most bins of as many ranks each, at most 20, of which each expects 20 simulations; two at least.
+
+    Where ``L + 1`` has no such divisor, each rank is a bin.
+    """
     most = max(2, min(_BINS, num_simulations // _PER_BIN))
     divisors = [n for n in range(2, most + 1) if (num_draws + 1) % n == 0]
     return max(divisors, default=num_draws + 1)

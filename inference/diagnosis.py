@@ -11,7 +11,7 @@ import numpy as np
 
 from elbozoo.inference.calibration import Calibration, calibrate
 from elbozoo.inference.data import prepare
-from elbozoo.inference.errors import InvalidArgument, Refused
+from elbozoo.inference.errors import InvalidArgument, NonFinite, Refused
 from elbozoo.inference.evaluation import LARGE_K, Evaluation, evaluate
 from elbozoo.inference.exact import exact_log_lik
 from elbozoo.inference.information import Bottleneck, bottleneck
@@ -125,10 +125,11 @@ class Diagnosis:
         found = self.gaps
         if found is None:
             return [f"The gap is not split: {self.refused['gaps']}"] if "gaps" in self.refused else []
+        least = "" if found.log_lik_method == "exact" else "at least about "
         said = (
             f"On {found.num_data} of the data, whose log p(x) is {found.log_lik:.2f} ({found.log_lik_method}), the "
-            f"ELBO loses {found.approximation:.2f} ± {found.approximation_se:.2f} nats to the guide's family and "
-            f"{found.amortisation:.2f} ± {found.amortisation_se:.2f} to amortisation."
+            f"ELBO loses {least}{found.approximation:.2f} ± {found.approximation_se:.2f} nats to the guide's family "
+            f"and {found.amortisation:.2f} ± {found.amortisation_se:.2f} to amortisation."
         )
         if found.richer is not None:
             said += f" A full covariance could win {found.richer:.2f} ± {found.richer_se:.2f} of the first."
@@ -164,9 +165,9 @@ class Diagnosis:
         collapsed = sum(int(c.sum()) for c in found.collapsed(COLLAPSED).values())
         if collapsed:
             advice.append(
-                f"Next: AnnealedKL or FreeBits, under which the {collapsed} collapsed dimensions are not charged at "
-                "first. If they collapse again, the likelihood itself has no use for them: at the optimum of a linear "
-                "decoder that is so when a direction's variance is below β σ²."
+                f"Next: AnnealedKL or FreeBits, under which the {collapsed} collapsed dimensions are not charged in "
+                "full while they learn. If they collapse again, the likelihood itself may have no use for them: at the "
+                "optimum of a linear decoder that is so when a direction's variance is below β σ²."
             )
         advice += [*self._advice_on_the_gap(), *self._advice_on_seeds()]
         if found.marginal_kl > LOOSE and found.marginal_kl > 0.1 * found.rate and not self._saturated:
@@ -176,7 +177,7 @@ class Diagnosis:
     def _advice_on_seeds(self) -> list[str]:
         if self.minima is None or not self.minima.worse.any():
             return []
-        count, worst = int(self.minima.worse.sum()), float(self.minima.difference.max())
+        count, worst = int(self.minima.worse.sum()), float(self.minima.difference[self.minima.worse].max())
         return [
             f"Next: train several seeds and keep the best, or AnnealedKL: {count} of {len(self.minima.seeds)} seeds "
             f"ended in a worse minimum, by up to {worst:.2f} nats."
@@ -257,7 +258,7 @@ def diagnose(
     def unless_refused(name: str, count: int, measure: Callable[[], Any]) -> Any:
         try:
             return measure() if count else None
-        except (InvalidArgument, Refused) as error:
+        except (InvalidArgument, NonFinite, Refused) as error:
             refused[name] = str(error)
             return None
 

@@ -30,9 +30,9 @@ def exact_log_lik(program: Any, data: Any, *, max_states: int = MAX_STATES) -> F
     Raises: InvalidArgument for bad data, and for a program with discrete latents that data share.
     """
     arrays = prepare(program, data)
-    if hasattr(program.spec, "log_prob"):
+    if hasattr(program.spec, "log_prob") and "decoder.weight" in (program.weights or {}):  # not hidden by frozen()
         return np.asarray(program.spec.log_prob(program.weights, arrays[0]), np.float64)
-    template = program.outline(tuple(a[:1] for a in arrays))
+    template = program.outline(arrays)
     atoms = {name: None if site.auxiliary else _atoms(site) for name, site in template.sites.items()}
     if not atoms or any(a is None for a in atoms.values()):
         return None
@@ -40,7 +40,7 @@ def exact_log_lik(program: Any, data: Any, *, max_states: int = MAX_STATES) -> F
     counts = {name: len(a) ** math.prod(shapes[name]) for name, a in atoms.items()}  # type: ignore[arg-type]
     if math.prod(counts.values()) > max_states:
         return None
-    check_one_weight_a_datum(template, 1)
+    check_one_weight_a_datum(template, len(arrays[0]))
     states = _states({n: np.asarray(a) for n, a in atoms.items()}, shapes)
     return _enumerate(program, arrays, states)
 
@@ -48,6 +48,8 @@ def exact_log_lik(program: Any, data: Any, *, max_states: int = MAX_STATES) -> F
 def _atoms(site: Site) -> np.ndarray | None:
     """The values that one entry of a discrete latent can take; None where they cannot be listed."""
     support = site.support
+    if support is None:
+        return None
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if not support.is_discrete or getattr(support, "event_dim", 0):
@@ -56,6 +58,8 @@ def _atoms(site: Site) -> np.ndarray | None:
         return np.array([0, 1])
     bounds = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
     if None in bounds:
+        return None
+    if any(np.unique(np.asarray(b)).size != 1 for b in bounds):  # other states for other data
         return None
     low, high = (int(np.max(np.asarray(b))) for b in bounds)
     return np.arange(low, high + 1)

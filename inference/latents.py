@@ -54,6 +54,9 @@ class LatentSpace:
         if site.auxiliary:
             todo = "Use evaluate, whose importance weights need no density of the model's there"
             raise must("guide", "draw latents of the model alone", f"the auxiliary site '{name}'", todo)
+        if site.support is None:
+            todo = "Give it a distribution that states its support, with bounds that are Python numbers"
+            raise must(f"site '{name}'", "have a support that is the same for all data", "none that is", todo)
         if site.support.is_discrete:
             todo = "Use exact_log_lik where its states can be listed, else evaluate"
             raise must(f"site '{name}'", "be continuous, to be moved along gradients", "a discrete one", todo)

@@ -165,7 +165,7 @@ class LocalMinima:
     def _minima(self) -> str:
         rule = f"the same number of active units and an NLL within {self.tolerance:g} nats or the error"
         if self.num_minima == 1:
-            return f"All seeds are in one minimum ({rule})."
+            return f"No two minima are told apart ({rule})."
         count = np.bincount(self.minimum)
         said = f"{self.num_minima} minima are told apart ({rule}), with {_listed(count.tolist())} seeds."
         worse = np.flatnonzero(self.worse)
@@ -180,7 +180,7 @@ class LocalMinima:
             epochs = f"epoch {when[0]}" if len(set(when)) == 1 else f"epochs {min(when)} to {max(when)}"
             said.append(f"The whole latent collapsed in {len(when)} of {len(self.seeds)} seeds, in {epochs}.")
         else:
-            said.append("No seed's latent collapsed as a whole.")
+            said.append("No seed's latent is collapsed as a whole at the end.")
         back = [course.recovery_epoch for course in self.courses if course.recovery_epoch is not None]
         if back:
             said.append(f"{len(back)} came back from a collapse, the last in epoch {max(back)}.")

@@ -39,7 +39,8 @@ class Annealer:
         self.program, self.args, self.start, self.num_leapfrog = program, args, start, num_leapfrog
         self.space = LatentSpace(program.outline(args), len(args[0]), biject_to)
         cache = program.__dict__.setdefault("_compiled", {})
-        key = ("annealer", start, num_leapfrog, len(args[0]))
+        shapes = tuple(self.space.shapes.items())
+        key = ("annealer", start, num_leapfrog, len(args[0]), shapes)
         if key not in cache:
             cache[key] = jax.jit(self._begin), jax.jit(self._advance)
         self.jitted_begin, self.jitted_advance = cache[key]

@@ -37,7 +37,7 @@ from numpyro.util import check_model_guide_match
 from elbozoo.inference.arrays import plates_first
 from elbozoo.inference.errors import InvalidArgument, Refused, must
 from elbozoo.inference.objectives import Objective
-from elbozoo.inference.terms import Site, Terms, own_parameters
+from elbozoo.inference.terms import Site, Terms, check_made_of, own_parameters
 from elbozoo.inference.weights import from_torch_layout, to_torch_layout
 
 _STEP = "elbozoo_step"
@@ -125,12 +125,18 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
             "reparameterised": bool(s["is_observed"] or s["fn"].has_rsample),
             "plain": _is_plain(s, scale),
             "auxiliary": n not in model_trace,
-            "support": model_trace[n]["fn"].support if n in model_trace else None,
+            "support": _fixed_support(model_trace[n]["fn"]) if n in model_trace else None,
             "guide_family": type(_strip(s["fn"])[0]).__name__,
         }
         for n, s in _samples(guide_trace).items()
     }
     return _Layout(tuple(sorted(f.dim for f in shared)), scale, joint, data_per_entry, sites)
+
+
+def _fixed_support(fn: Any) -> Any:
+    """A distribution's support; None where its bounds are arrays (of data, of parameters), which outlive no trace."""
+    bounds = jax.tree.leaves(fn.support)
+    return fn.support if all(isinstance(b, int | float) for b in bounds) else None
 
 
 def _full_size(frame: Any, model_trace: Any) -> int:
@@ -573,6 +579,7 @@ def _local_parameters(name: str, fn: Any, full_covariance: bool) -> tuple[type, 
         value = jnp.broadcast_to(value, shape + value.shape[value.ndim - constraint.event_dim :])
         transform = biject_to(constraint)
         parameters[parameter] = transform.inv(value), transform
+    check_made_of(name, type(base), {n: getattr(base, n) for n in parameters})
     return type(base), count, parameters
 
 

@@ -29,7 +29,7 @@ from torch.distributions import kl_divergence, transform_to
 from elbozoo.inference.arrays import plates_first
 from elbozoo.inference.errors import InvalidArgument, must
 from elbozoo.inference.objectives import Objective
-from elbozoo.inference.terms import Site, Terms, own_parameters
+from elbozoo.inference.terms import Site, Terms, check_made_of, own_parameters
 from elbozoo.inference.weights import check_names
 
 _PARTICLES = "num_particles_vectorized"  # the name Pyro's own losses give this plate
@@ -460,6 +460,13 @@ def _site(
     return arrays | kl
 
 
+def _support(site: Any) -> Any:
+    """The support of a model's site; None where it states none, and where there is no such site."""
+    with contextlib.suppress(NotImplementedError):
+        return None if site is None else site["fn"].support
+    return None
+
+
 def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step: Any) -> Terms:
     """Join the particles' arrays."""
 
@@ -473,7 +480,7 @@ def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step:
             reparameterised=bool(latent[name]["is_observed"] or latent[name]["fn"].has_rsample),
             plain=_is_plain(latent[name], layout),
             auxiliary=name not in runs[0].model_trace.nodes,
-            support=runs[0].model_trace.nodes[name]["fn"].support if name in runs[0].model_trace.nodes else None,
+            support=_support(runs[0].model_trace.nodes.get(name)),
             guide_family=type(_strip(latent[name]["fn"])[0]).__name__,
         )
         for name in parts[0]["sites"]
@@ -707,6 +714,7 @@ def _local_parameters(name: str, fn: Any, full_covariance: bool) -> tuple[type, 
         value = value.expand(shape + tuple(value.shape[value.dim() - constraint.event_dim :]))
         transform = transform_to(constraint)
         parameters[parameter] = transform.inv(value), transform
+    check_made_of(name, type(base), {n: getattr(base, n) for n in parameters})
     return type(base), count, parameters
 
 
@@ -907,7 +915,7 @@ class Program:
 
         def guide(*args: Any) -> Any:
             offsets = {
-                name: {n: pyro.param(f"{name}.local_{n}", zero) for n, zero in each.items()}
+                name: {n: pyro.param(f"{name}.local_{n}", zero.clone()) for n, zero in each.items()}
                 for name, each in zeros.items()
             }
             with _Localise(offsets, full_covariance):

@@ -325,14 +325,14 @@ def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([torch.dot(g.reshape(-1), g.reshape(-1)) for g in gradients]).sum().sqrt()
 
 
-def check_copies(program: Program, data: tuple) -> None:
-    """Refuse replicates of a program whose copies share a module. Raises: InvalidArgument."""
+def check_copies(program: Program, data: tuple, argument: str = "replicates") -> None:
+    """Refuse several trainings of a program whose copies share a module. Raises: InvalidArgument."""
     twin = program.fresh()
     with torch.random.fork_rng(devices=[]):
         twin.materialise(tuple(a[:2] for a in data))
     if twin.shares_modules:
         todo = "Pass a module, or a method of it, as model and guide"
-        raise must("replicates", "be of a program that can be copied", "a function around a module", todo)
+        raise must(argument, "be of a program that can be copied", "a function around a module", todo)
 
 
 def _alike(one: np.ndarray, two: np.ndarray) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -192,6 +193,9 @@ def rate_distortion(
     References: Alemi et al. 2018 (arXiv 1711.00464), the curve and its slope; Higgins et al. 2017, eq. 4 (β-VAE).
     """
     _check(betas, delta, fit_options)
+    if program.engine == "pyro":  # a module that a plain function closes over would go on from the β before
+        trainer = importlib.import_module("elbozoo.inference.pyro_trainer")
+        trainer.check_copies(program, prepare(program, data, fit_options.get("binarize", "none")), "betas")
     points = []
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("rate–distortion", total=len(betas))

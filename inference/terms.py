@@ -103,6 +103,21 @@ def own_parameters(site: str, distribution: Any) -> list[str]:
     return sorted(found)
 
 
+def check_made_of(site: str, cls: type, parameters: Mapping[str, Any]) -> None:
+    """Refuse a distribution that takes more than its parameters (a temperature, a base).
+
+    Raises: InvalidArgument.
+    """
+    try:
+        cls(**parameters)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        todo = "Give it a distribution with parameters of its own, or compare bounds by evaluate alone"
+        got = f"{cls.__name__}: {error}"
+        raise must(
+            f"site '{site}'", "be drawn from a distribution that can be optimised by itself", got, todo
+        ) from error
+
+
 @dataclass(frozen=True)
 class Terms:
     r"""The arrays of one run of guide and model that every objective is made of.

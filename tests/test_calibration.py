@@ -60,7 +60,7 @@ def test_an_exact_guide_is_calibrated(engine: str) -> None:
     assert (np.abs(found.curvature["z"]) < 4).all()
     if found.p_value >= 0.01:
         assert found.words == {"z": ["calibrated", "calibrated"]}
-        assert found.verdict[0].startswith("The guide is calibrated in all 2 dimensions of z")
+        assert found.verdict[0].startswith("No miscalibration of the guide is found in 2 dimensions of z")
 
 
 @pytest.mark.parametrize(
