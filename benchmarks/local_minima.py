@@ -86,7 +86,7 @@ class Config:
     objectives: tuple[str, ...] = ("elbo", "annealed", "cyclical", "free-bits", "iwae-10")
     num_seeds: int = 16
     num_train: int = 5000
-    epochs: int = 16
+    epochs: int = 28
     start_epochs: int = 4
     batch_size: int = 100
     learning_rate: float = 3e-3
