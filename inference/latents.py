@@ -47,7 +47,7 @@ class LatentSpace:
         for name, site in terms.sites.items():
             self._check(name, site)
             self.transforms[name] = biject_to(site.support)
-            self.shapes[name] = tuple(self.transforms[name].inverse_shape(tuple(terms.values[name].shape[2:])))
+            self.shapes[name] = tuple(self.transforms[name].inverse_shape(tuple(terms.values[name].shape)))[2:]
 
     @staticmethod
     def _check(name: str, site: Site) -> None:

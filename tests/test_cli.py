@@ -520,9 +520,9 @@ def test_figures(engine: str, folders: dict[str, Path]):
     measured = found.evaluate(digits[:30], num_particles=20)
     figure = pictures.curves({"a": found, "b": found})
     assert [axes.get_title() for axes in figure.axes] == [
-        "bound", *(["held-out bound"] if engine == "pyro" else []), "rate", "distortion"
+        "bound", *(["held-out bound"] if engine == "pyro" else []), "rate", "distortion", "live units"
     ]  # fmt: skip
-    line = figure.axes[-1].lines[0]
+    line = figure.axes[-2].lines[0]
     np.testing.assert_array_equal(line.get_ydata(), [row["distortion"] for row in found.history])
     styles = {(str(line.get_color()), str(line.get_linestyle())) for line in figure.axes[0].lines}
     assert len({style for _, style in styles}) == 2  # told apart without colour

@@ -333,7 +333,7 @@ def test_calls_fit_in_the_caches_and_in_memory(num_particles: int, num_data: int
     assert 1 <= batch <= num_data
     assert 1 <= chunk <= num_particles
     assert batch * chunk <= 4096
-    assert batch * chunk * data_dim * 4 * 32 <= 2**28
+    assert batch * chunk * data_dim * 4 * 32 <= 2**30
     if data_dim <= 784:
         assert batch * chunk >= min(1000, num_data * num_particles)
 

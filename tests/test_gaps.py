@@ -11,7 +11,7 @@ from compile_once import as_users_run_it, compile_once  # noqa: F401
 from oracles import library, wrapped
 from scipy import optimize, stats
 
-from elbozoo.inference import InvalidArgument, Refused, evaluate, exact_log_lik, gaps, optimise_guide
+from elbozoo.inference import InvalidArgument, Refused, evaluate, exact_log_lik, fit, gaps, optimise_guide
 from elbozoo.zoo import LinearVAE
 
 
@@ -207,3 +207,93 @@ def test_an_optimised_guide_is_a_program(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(found.per_datum.elbo, spec.log_prob(best, x), atol=2e-2)
     assert found.per_datum.ess.min() > 49
     assert program.weights.keys() == shifted.keys(), "the program itself is as it was"
+
+
+def test_latents_over_two_event_dims_have_no_richer_family(engine: str, rng: np.random.Generator) -> None:
+    """A diagonal Gaussian over a matrix is not made full, and nothing is claimed of it."""
+    lib = library(engine)
+
+    def model(x: Any) -> None:
+        with lib.plate("data", len(x), dim=-1):
+            z = lib.sample("z", lib.dist.Normal(0.0 * x, 1.0).to_event(2))
+            lib.sample("x", lib.dist.Normal(z, 1.0).to_event(2), obs=x)
+
+    def guide(x: Any) -> None:
+        with lib.plate("data", len(x), dim=-1):
+            lib.sample("z", lib.dist.Normal(0.5 * x, 0.5**0.5).to_event(2))
+
+    options = {"num_steps": 3, "num_particles": 5, "num_temperatures": 2, "num_chains": 600}
+    found = gaps(wrapped(engine, model, guide), rng.normal(size=(8, 2, 2)), **options)
+    assert found.richer is None
+    assert found.richer_elbo is None
+
+
+def test_states_that_differ_between_data_are_not_enumerated(engine: str) -> None:
+    """``z ~ Binomial(n_i, ½)`` has other states for other data, whichever comes first."""
+    lib = library(engine)
+
+    def model(n: Any, x: Any) -> None:
+        with lib.plate("data", len(n), dim=-1):
+            z = lib.sample("z", lib.dist.Binomial(total_count=n, probs=0.5 + 0.0 * x))
+            lib.sample("x", lib.dist.Normal(1.0 * z, 1.0), obs=x)
+
+    def guide(n: Any, x: Any) -> None:
+        with lib.plate("data", len(n), dim=-1):
+            lib.sample("z", lib.dist.Binomial(total_count=n, probs=0.5 + 0.0 * x))
+
+    for counts in ([2, 5], [5, 2]):
+        assert exact_log_lik(wrapped(engine, model, guide), (np.array(counts), np.array([1.0, 4.0]))) is None
+
+
+def test_a_frozen_program_hides_its_closed_form(engine: str, rng: np.random.Generator) -> None:
+    spec, best, x = linear(rng, "diagonal")
+    assert exact_log_lik(getattr(spec, engine)().with_weights(best).frozen(), x) is None
+
+
+def test_a_local_guide_starts_where_the_amortised_one_is(engine: str, rng: np.random.Generator) -> None:
+    """Also after a first optimisation: training one copy moves no other."""
+    spec, best, x = linear(rng, "diagonal")
+    shifted = best | {"encoder.bias": best["encoder.bias"] + 0.3}
+    local = getattr(spec, engine)().with_weights(shifted).localised((x,))
+    one, two = (fit(local, x, epochs=1, batch_size=len(x), progress=False).history[0]["bound"] for _ in range(2))
+    assert one == two
+
+
+@pytest.mark.pyro
+def test_a_distribution_without_a_support_is_evaluated(rng: np.random.Generator) -> None:
+    """A user's own prior need not state where it lies, unless latents are to be moved."""
+    import pyro
+    import pyro.distributions as dist
+
+    from elbozoo.inference.pyro_engine import Program
+
+    class Own(dist.TorchDistribution):
+        arg_constraints = {}  # noqa: RUF012
+
+        def __init__(self, base: Any):
+            self.base = base
+            super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+        def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+            return Own(self.base.expand(batch_shape))
+
+        def sample(self, sample_shape: Any = ()) -> Any:
+            return self.base.sample(sample_shape)
+
+        def log_prob(self, value: Any) -> Any:
+            return self.base.log_prob(value)
+
+    def model(x: Any) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Own(dist.Normal(0.0 * x, 1.0)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Any) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5 * x, 0.5**0.5))
+
+    x = rng.normal(size=6)
+    found = evaluate(Program(model, guide), x, num_particles=3)
+    assert found.nll == pytest.approx(-stats.norm.logpdf(x, 0, 2**0.5).mean())
+    with pytest.raises(InvalidArgument, match="site 'z' must have a support that is the same for all data"):
+        gaps(Program(model, guide), x, num_steps=1)
