@@ -21,7 +21,6 @@ from numpy.typing import ArrayLike
 
 from elbozoo import pictures
 from elbozoo._version import __version__
-from elbozoo.calibration_figures import rank_histograms
 from elbozoo.inference import Diagnosis, Evaluation, RateDistortion, Run
 from elbozoo.inference.storage import write_atomically
 from elbozoo.options import describe
@@ -126,7 +125,7 @@ def write_diagnosis(
         plane=as_uri(pictures.rate_distortion_plane({label: found}, curve), "svg"),
         waterfall=None if gaps is None else as_uri(pictures.gap_waterfall(gaps), "svg"),
         collapse=as_uri(pictures.collapse_curve({label: found}), "svg"),
-        ranks=None if diagnosis.calibration is None else as_uri(rank_histograms(diagnosis.calibration), "svg"),
+        ranks=None if diagnosis.calibration is None else as_uri(pictures.rank_histograms(diagnosis.calibration), "svg"),
         aggregate=as_uri(pictures.aggregate_posterior(run, data, labels), "svg"),
         interpolations=as_uri(pictures.interpolations(run, data), "png"),
         traversals=as_uri(pictures.traversals(run, data), "png"),

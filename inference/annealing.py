@@ -13,15 +13,16 @@ import numpy as np
 from jaxtyping import Float
 from rich.progress import Progress
 
-from elbozoo.inference.arrays import logsumexp
+from elbozoo.inference.arrays import logsumexp, standard_error
 from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import NonFinite
-from elbozoo.inference.evaluation import call_seed, call_size
+from elbozoo.inference.evaluation import call_seed, call_size, log_mean_variance
 from elbozoo.inference.parts import number, one_of, whole_number
+from elbozoo.inference.posterior import effective_draws
 from elbozoo.inference.simulation import places, simulate
 from elbozoo.inference.terms import Terms
 
-Start = Literal["guide", "prior"]
+InitialDistribution = Literal["guide", "prior"]
 Vector = Float[np.ndarray, " N"]
 
 WU_2016: Mapping[str, Any] = {"num_temperatures": 10_000, "num_chains": 16, "num_leapfrog": 10, "start": "prior"}
@@ -95,7 +96,7 @@ def annealed_importance_sampling(
     num_temperatures: int = 500,
     num_chains: int = 16,
     num_leapfrog: int = 10,
-    start: Start = "guide",
+    start: InitialDistribution = "guide",
     target_acceptance: float = 0.65,
     seed: int = 0,
     batch_size: int | None = None,
@@ -153,15 +154,13 @@ def annealed_importance_sampling(
     joined = {name: np.concatenate([f[name] for f in found], axis=-1 if name in "wa" else 1) for name in found[0]}
     log_weight = joined.pop("w")
     estimate = _log_mean(log_weight)
-    ess = np.exp(2 * logsumexp(log_weight) - logsumexp(2 * log_weight))
-    variance = (
-        np.maximum(num_chains / ess - 1.0, 0.0) / (num_chains - 1) if num_chains > 1 else np.full_like(ess, np.nan)
-    )
+    ess = effective_draws(log_weight)
+    variance = log_mean_variance(ess, num_chains)
     size = len(estimate)
     return AnnealedLikelihood(
         log_lik_estimate=estimate,
         log_lik=float(estimate.mean()),
-        log_lik_se=_se(estimate),
+        log_lik_se=standard_error(estimate),
         mc_se=math.sqrt(variance.sum()) / size,
         ess=ess,
         acceptance=float(joined.pop("a").mean()),
@@ -181,7 +180,7 @@ def bracket(
     num_temperatures: int = 500,
     num_chains: int = 16,
     num_leapfrog: int = 10,
-    start: Start = "guide",
+    start: InitialDistribution = "guide",
     target_acceptance: float = 0.65,
     observed: Mapping[str, int] | None = None,
     seed: int = 0,
@@ -205,7 +204,7 @@ def bracket(
         program an observed site is.
 
     References: Grosse, Ghahramani & Adams 2015, Sandwiching the marginal likelihood (arXiv 1511.02543); Wu et al. 2016
-        (arXiv 1611.04273), section 4.
+        (arXiv 1611.04273).
     """
     settings = _Settings(num_temperatures, num_chains, num_leapfrog, start, target_acceptance, seed)
     began, like = time.perf_counter(), prepare(program, data)
@@ -232,7 +231,7 @@ def bracket(
         log_lik_lower=float(low.mean()),
         log_lik_upper=float(high.mean()),
         gap=float((high - low).mean()),
-        gap_se=_se(high - low),
+        gap_se=standard_error(high - low),
         data=arrays,
         acceptance=float(np.concatenate(accepted).mean()),
         seconds=time.perf_counter() - began,
@@ -297,7 +296,9 @@ class _Chains:
     def backward(self, latents: Mapping[str, np.ndarray]) -> np.ndarray:
         """Log weights ``(K, B)`` of chains that start at an exact draw ``(B, …)`` each; ``E[w] = 1 / p(x)``."""
         repeated = {n: np.repeat(z[None], self.settings.num_chains, axis=0) for n, z in latents.items()}
-        path = -np.diff(self.betas)[::-1], self.betas[:-1][::-1], self.step_sizes[:-1][::-1]
+        change, before = -np.diff(self.betas)[::-1], np.arange(len(self.betas) - 1)[::-1]
+        before = np.maximum(before, 1)  # where the last move goes weighs nothing, and at β = 0 data may be impossible
+        path = change, self.betas[before], self.step_sizes[before]
         return self._walk(self.annealer.begin(repeated, _FIRST_STEP), path, _BACKWARD)[1]
 
     def _tune(self) -> np.ndarray:
@@ -359,7 +360,3 @@ def _log_mean(log_weight: np.ndarray) -> np.ndarray:
             'impossible under the model, or use start="guide".'
         )
     return mean
-
-
-def _se(x: np.ndarray) -> float:
-    return float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.nan

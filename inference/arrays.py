@@ -118,3 +118,8 @@ def concatenate(xs: Sequence[Array], axis: int = 0) -> Array:
             import jax.numpy as jnp
 
             return jnp.concatenate(xs, axis=axis)
+
+
+def standard_error(x: np.ndarray) -> float:
+    """Of the mean of independent ``x`` ``(N,)``: ``sd / √N``; nan for one."""
+    return float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")

@@ -89,3 +89,11 @@ def batches(seed: int, epoch: int, num_data: int, batch_size: int) -> np.ndarray
         return np.arange(num_data)[None]
     order = np.random.default_rng([seed, epoch]).permutation(num_data)
     return order[: num_data // size * size].reshape(-1, size)
+
+
+def subset(arrays: tuple[np.ndarray, ...], num_data: int | None, seed: int) -> tuple[np.ndarray, ...]:
+    """So many of the data, drawn without replacement, in their order; all where there are no more, or for None."""
+    if num_data is None or num_data >= len(arrays[0]):
+        return arrays
+    rows = np.sort(np.random.default_rng(seed).choice(len(arrays[0]), num_data, replace=False))
+    return tuple(a[rows] for a in arrays)

@@ -239,6 +239,13 @@ def count_active(activity: Mapping[str, np.ndarray]) -> dict[str, int]:
     return {name: int((a > ACTIVE).sum()) for name, a in activity.items()}
 
 
+def log_mean_variance(ess: np.ndarray, num_draws: int) -> np.ndarray:
+    """The variance of ``log mean_k w_k`` by the delta method, from K weights' effective number; nan for K = 1."""
+    if num_draws == 1:
+        return np.full_like(ess, np.nan)
+    return np.maximum(num_draws / ess - 1.0, 0.0) / (num_draws - 1.0)
+
+
 class _Moments:
     """Running count, mean and sum of squares about the mean, by Chan's merge; float64."""
 
@@ -301,7 +308,7 @@ class _Batch:
         k = self.num_particles
         with np.errstate(divide="ignore", invalid="ignore"):  # all weights zero: log p = -inf, no effective draw
             ess = self.w**2 / self.w2
-            variance = np.maximum(k / ess - 1.0, 0.0) / (k - 1.0) if k > 1 else np.full_like(ess, np.nan)
+            variance = log_mean_variance(ess, k)
             log_lik = self.peak + np.log(self.w / k)
         k_hat = pareto_k_from_tail(self.top, k)
         elbo = self.sums["log_weight", ""] / k

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Float
 
 from elbozoo.inference.arrays import logsumexp
 from elbozoo.inference.data import prepare
+from elbozoo.inference.errors import InvalidArgument
 from elbozoo.inference.evaluation import call_size
 from elbozoo.inference.latents import check_one_weight_a_datum
 from elbozoo.inference.terms import Site, Terms
@@ -30,8 +32,9 @@ def exact_log_lik(program: Any, data: Any, *, max_states: int = MAX_STATES) -> F
     Raises: InvalidArgument for bad data, and for a program with discrete latents that data share.
     """
     arrays = prepare(program, data)
-    if hasattr(program.spec, "log_prob") and "decoder.weight" in (program.weights or {}):  # not hidden by frozen()
-        return np.asarray(program.spec.log_prob(program.weights, arrays[0]), np.float64)
+    if hasattr(program.spec, "log_prob"):
+        with contextlib.suppress(InvalidArgument):  # of the weights, which a frozen program hides
+            return np.asarray(program.spec.log_prob(program.weights or {}, arrays[0]), np.float64)
     template = program.outline(arrays)
     atoms = {name: None if site.auxiliary else _atoms(site) for name, site in template.sites.items()}
     if not atoms or any(a is None for a in atoms.values()):

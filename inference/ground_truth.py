@@ -289,13 +289,10 @@ def _sampler(program: Any, *sizes: int) -> tuple[Any, str]:
 
 
 def _draws(terms: Terms) -> dict[str, Any]:
-    log_joint: Any = terms.log_lik
-    for site in terms.sites.values():
-        log_joint = log_joint + site.log_prior
     return {
         "values": dict(terms.values),
         "log_lik": terms.log_lik,
-        "log_joint": log_joint,
+        "log_joint": terms.log_prior + terms.log_lik,
         "rate": {name: site.sampled_rate for name, site in terms.sites.items()},
         "joint": (terms.log_lik == terms.log_lik) * 0.0 + 1.0 * terms.joint,  # a draw's, so that it can be joined
     }
@@ -364,7 +361,7 @@ def _run(
 def _count(sampler: Any, guide: Mapping[str, Any], args: tuple[np.ndarray, ...], i: int) -> int:
     """By which whole number the model multiplies the log density of datum i when it is called with it alone."""
     latents = {name: z[:_CHECKED, i : i + 1] for name, z in guide["values"].items()}
-    alone = sampler.log_density(latents, args).astype(np.float64)
+    alone = sampler.program.log_density(latents, args).astype(np.float64)
     among = guide["log_joint"][:_CHECKED, i]
     tolerance = max(1e-6, 1e3 * float(np.finfo(among.dtype).eps))
     among = among.astype(np.float64)

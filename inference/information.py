@@ -12,8 +12,8 @@ from jaxtyping import Float
 from rich.progress import Progress
 from scipy.special import stdtrit
 
-from elbozoo.inference.arrays import logsumexp
-from elbozoo.inference.data import prepare
+from elbozoo.inference.arrays import logsumexp, standard_error
+from elbozoo.inference.data import prepare, subset
 from elbozoo.inference.errors import NonFinite, must
 from elbozoo.inference.evaluation import call_seed, call_size, check_plate, count_active, weigh
 from elbozoo.inference.parts import number, whole_number
@@ -149,14 +149,14 @@ def bottleneck(
     return Bottleneck(
         num_data=size,
         rate=float(rate.mean()),
-        rate_se=_se(rate),
+        rate_se=standard_error(rate),
         distortion=float(distortion.mean()),
-        distortion_se=_se(distortion),
+        distortion_se=standard_error(distortion),
         mutual_information=float(information.mean()),
-        mutual_information_se=_se(information),
+        mutual_information_se=standard_error(information),
         mutual_information_upper=float((own - left_out).mean()),
         marginal_kl=float(marginal_kl.mean()),
-        marginal_kl_se=_se(marginal_kl),
+        marginal_kl_se=standard_error(marginal_kl),
         kl_per_dimension={n: k.mean(axis=0) for n, k in kl.items()},
         collapse_epsilon={n: np.quantile(k, 1 - delta, axis=0, method="inverted_cdf") for n, k in kl.items()},
         delta=delta,
@@ -169,10 +169,7 @@ def _subset(arrays: tuple[np.ndarray, ...], num_data: int | None, seed: int) -> 
         whole_number("num_data", num_data, least=2)
     if len(arrays[0]) < 2:
         raise must("data", "hold at least two data, for information about which", 1, "Pass more of them")
-    if num_data is None or num_data >= len(arrays[0]):
-        return arrays
-    rows = np.sort(np.random.default_rng(seed).choice(len(arrays[0]), num_data, replace=False))
-    return tuple(a[rows] for a in arrays)
+    return subset(arrays, num_data, seed)
 
 
 def _one_draw(terms: Terms) -> dict[str, Any]:
@@ -252,10 +249,6 @@ def _total(densities: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.stack([p[0] for p in densities.values()]).astype(np.float64).sum(axis=0)
 
 
-def _se(x: np.ndarray) -> float:
-    return float(x.std(ddof=1)) / math.sqrt(len(x))
-
-
 def _check_own(own: np.ndarray, drawn: np.ndarray) -> None:
     """A draw scored again under its own datum has the density that it was drawn with."""
     if not np.allclose(own, drawn, rtol=1e-3, atol=1e-3):
@@ -271,8 +264,8 @@ def _check_identity(information: np.ndarray, marginal_kl: np.ndarray, rate: np.n
     holds = (
         gap <= 1e-3 * (1 + abs(rate.mean())),  # of densities worked out twice, in single precision
         information.max() <= math.log(size) + 1e-6,
-        information.mean() >= -error * _se(information) - 1e-3,
-        marginal_kl.mean() >= -error * _se(marginal_kl) - 1e-3,
+        information.mean() >= -error * standard_error(information) - 1e-3,
+        marginal_kl.mean() >= -error * standard_error(marginal_kl) - 1e-3,
     )
     if not all(holds):
         got = f"I = {information.mean():.4g}, KL(q(z)||p(z)) = {marginal_kl.mean():.4g}, rate = {rate.mean():.4g} nats"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from elbozoo.inference.arrays import Array, concatenate
 from elbozoo.inference.errors import must
@@ -25,6 +25,31 @@ def check_one_weight_a_datum(terms: Terms, num_data: int) -> None:
             todo = "Put other plates to the right of the data plate, or into event dims"
             got = f"shape {tuple(z.shape[1:])} for {num_data} data"
             raise must(f"site '{name}'", "have the data along its first dim", got, todo)
+
+
+class ChainState(NamedTuple):
+    """K chains for each of B data, as annealing moves them.
+
+    Attributes:
+        u: where they are, ``(K, B, D)``.
+        log_start, log_joint: both end points' log densities there, ``(K, B)``, nats.
+        step_size: each datum's, ``(B,)``.
+    """
+
+    u: Array
+    log_start: Array
+    log_joint: Array
+    step_size: Array
+
+    def log_density(self, beta: Any) -> Array:
+        """``(1 - β) log π_0 + β log π_1``, ``(K, B)``, nats."""
+        return (1 - beta) * self.log_start + beta * self.log_joint
+
+
+def end_points(terms: Terms, log_det: Array, start: str) -> tuple[Array, Array]:
+    """``log π_0`` (the guide or the prior) and ``log π_1`` (``log p(x, z)``) of unconstrained latents, ``(K, B)``."""
+    log_start = terms.log_guide if start == "guide" else terms.log_prior
+    return log_start + log_det, terms.log_prior + terms.log_lik + log_det
 
 
 class LatentSpace:

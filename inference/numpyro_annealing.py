@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,8 @@ from jax import random
 from numpyro.distributions import biject_to
 from numpyro.infer.hmc_util import velocity_verlet
 
-from elbozoo.inference.latents import LatentSpace
+from elbozoo.inference.latents import ChainState, LatentSpace, end_points
 from elbozoo.inference.numpyro_engine import Params, Program, particles
-
-
-class State(NamedTuple):
-    """Chains ``(K, B)``: where they are, both end points' log densities there, and each datum's step size ``(B,)``."""
-
-    u: jax.Array
-    log_start: jax.Array
-    log_joint: jax.Array
-    step_size: jax.Array
 
 
 class Annealer:
@@ -50,19 +41,18 @@ class Annealer:
         values, log_det = self.space.constrain(u)
         model, guide = self.program.model_fn, self.program.guide_fn
         terms, _ = particles(random.key(0), params, model, guide, args, num_particles=len(u), values=values)
-        log_start = terms.log_guide if self.start == "guide" else terms.log_prior
-        return log_start + log_det, terms.log_prior + terms.log_lik + log_det
+        return end_points(terms, log_det, self.start)
 
-    def _begin(self, params: Params, args: tuple, values: Any, step_size: jax.Array) -> State:
+    def _begin(self, params: Params, args: tuple, values: Any, step_size: jax.Array) -> ChainState:
         u = self.space.unconstrain(values)
         log_start, log_joint = self._densities(params, args, u)
-        return State(u, log_start, log_joint, step_size)
+        return ChainState(u, log_start, log_joint, step_size)
 
-    def _advance(self, params: Params, args: tuple, state: State, path: Any, settings: Any) -> Any:
+    def _advance(self, params: Params, args: tuple, state: ChainState, path: Any, settings: Any) -> Any:
         """Along a path of ``(change of β, β, step size)``."""
         seed, adapt, target = settings
 
-        def move(carry: tuple[State, jax.Array], point: Any) -> Any:
+        def move(carry: tuple[ChainState, jax.Array], point: Any) -> Any:
             (state, key), (change, beta, given) = carry, point
             key, use = random.split(key)
             log_weight = change * (state.log_joint - state.log_start)
@@ -75,42 +65,43 @@ class Annealer:
         return state, log_weight.sum(axis=0), step_size, accepted
 
     def _transition(
-        self, key: jax.Array, params: Params, args: tuple, state: State, beta: jax.Array
-    ) -> tuple[State, jax.Array]:
+        self, key: jax.Array, params: Params, args: tuple, state: ChainState, beta: jax.Array
+    ) -> tuple[ChainState, jax.Array]:
         """One Hamiltonian transition that leaves ``π_0^(1-β) π_1^β`` invariant, and each datum's acceptance."""
         momentum_key, accept_key = random.split(key)
 
-        def log_density(log_start: jax.Array, log_joint: jax.Array) -> jax.Array:
-            # a prior draw may be impossible: 0 · -inf is 0 where β is 0
-            return (1 - beta) * log_start + jnp.where(beta > 0, beta * log_joint, 0.0)
-
         def potential(u: jax.Array) -> jax.Array:
-            return -log_density(*self._densities(params, args, u)).sum()
+            return -ChainState(u, *self._densities(params, args, u), state.step_size).log_density(beta).sum()
 
         init, update = velocity_verlet(potential, lambda _, r: 0.5 * jnp.square(r).sum())
         momentum = random.normal(momentum_key, state.u.shape, state.u.dtype)
         size = state.step_size[:, None]
         end = jax.lax.fori_loop(0, self.num_leapfrog, lambda _, s: update(size, None, s), init(state.u, momentum))
-        log_start, log_joint = self._densities(params, args, end.z)
-        new = State(end.z, log_start, log_joint, state.step_size)
+        new = ChainState(end.z, *self._densities(params, args, end.z), state.step_size)
         energy = jnp.square(momentum).sum(-1) - jnp.square(end.r).sum(-1)
-        log_ratio = log_density(*new[1:3]) - log_density(*state[1:3]) + 0.5 * energy
+        log_ratio = new.log_density(beta) - state.log_density(beta) + 0.5 * energy
         log_ratio = jnp.where(jnp.isfinite(log_ratio), log_ratio, -jnp.inf)  # a diverged trajectory is rejected
         accept = jnp.log(random.uniform(accept_key, log_ratio.shape, log_ratio.dtype)) < log_ratio
         u = jnp.where(accept[..., None], new.u, state.u)
         log_start, log_joint = (jnp.where(accept, a, b) for a, b in zip(new[1:3], state[1:3], strict=True))
-        return State(u, log_start, log_joint, state.step_size), jnp.exp(jnp.minimum(log_ratio, 0.0)).mean(axis=0)
+        return ChainState(u, log_start, log_joint, state.step_size), jnp.exp(jnp.minimum(log_ratio, 0.0)).mean(axis=0)
 
     # --- what annealing calls ---
 
-    def begin(self, values: Mapping[str, np.ndarray], step_size: float) -> State:
+    def begin(self, values: Mapping[str, np.ndarray], step_size: float) -> ChainState:
         """Chains at these latents ``(K, B, …)``."""
         sizes = np.full(len(self.args[0]), step_size, self.program.float_dtype)
         return self.jitted_begin(self.program._all_params(), self.args, dict(values), sizes)
 
     def advance(
-        self, state: State, path: tuple[np.ndarray, np.ndarray, np.ndarray], *, seed: int, adapt: float, target: float
-    ) -> tuple[State, np.ndarray, np.ndarray, np.ndarray]:
+        self,
+        state: ChainState,
+        path: tuple[np.ndarray, np.ndarray, np.ndarray],
+        *,
+        seed: int,
+        adapt: float,
+        target: float,
+    ) -> tuple[ChainState, np.ndarray, np.ndarray, np.ndarray]:
         """Weigh and move the chains along ``path``: changes of β ``(S,)``, βs ``(S,)``, step sizes ``(S, B)``.
 
         Args:
@@ -126,6 +117,6 @@ class Annealer:
         log_weight, sizes, accepted = map(np.asarray, arrays)
         return state, log_weight, sizes, accepted
 
-    def values(self, state: State) -> dict[str, np.ndarray]:
+    def values(self, state: ChainState) -> dict[str, np.ndarray]:
         """The chains' latents."""
         return jax.tree.map(np.asarray, self.space.constrain(state.u)[0])

@@ -30,6 +30,7 @@ from numpyro.distributions.kl import kl_divergence
 from numpyro.handlers import block, replay, seed, substitute, trace
 from numpyro.handlers import seed as seed_handler
 from numpyro.infer import ELBO as NumPyroELBO
+from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 from numpyro.primitives import mutable as mutable_site
 from numpyro.util import check_model_guide_match
@@ -759,6 +760,21 @@ class Program:
             cache[key] = jax.jit(compute)
         given = None if values is None else dict(values)
         return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args, given))
+
+    def log_density(self, values: Mapping[str, np.ndarray], args: tuple) -> np.ndarray:
+        """``log p(x, z)`` of the whole data ``args`` at latents ``(K, …)``, scales included, ``(K,)``, nats.
+
+        Of the model alone: the guide is not run.
+        """
+        cache = self.__dict__.setdefault("_compiled", {})
+        if "log_density" not in cache:
+
+            def compute(params: Params, values: Any, args: tuple) -> Any:
+                model = seed_handler(self.model_fn, random.key(0))  # a plate draws its subsample, of all it is given
+                return jax.lax.map(lambda z: log_density(model, args, {}, {**params, **z})[0], values)
+
+            cache["log_density"] = jax.jit(compute)
+        return np.asarray(cache["log_density"](self._all_params(), dict(values), args))
 
     def localised(self, args: tuple, full_covariance: bool = False) -> Program:
         """This program with constant parameters and a guide that is optimised for each datum of ``args`` by itself.

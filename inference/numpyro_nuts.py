@@ -12,7 +12,6 @@ import numpy as np
 from jax import random
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS
-from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
 from elbozoo.inference.numpyro_engine import Program
@@ -56,16 +55,6 @@ class Chains:
     def _model(self, params: Mapping[str, Any]) -> Any:
         model = replace(self.program, params=dict(params), mutable=None).frozen().model
         return _FirstRows(model)
-
-    def log_density(self, values: Mapping[str, np.ndarray], args: tuple) -> np.ndarray:
-        """``log p(x, z)`` of latents ``(K, …)`` and the data ``args``, as the model scales it, ``(K,)``, nats."""
-        if "nuts_log_density" not in self.compiled:
-
-            def compute(params: Any, values: Any, args: tuple) -> Any:
-                return jax.lax.map(lambda z: log_density(self._model(params), args, {}, z)[0], values)
-
-            self.compiled["nuts_log_density"] = jax.jit(compute)
-        return np.asarray(self.compiled["nuts_log_density"](self.params, dict(values), args))
 
     def run(self, args: tuple, seed: int, scale: float) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Draws from ``p(z | x)`` by site, ``(chains, draws, …)``, and the sampler's statistics ``(chains, draws)``.

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from pyro.ops.integrator import velocity_verlet
 from torch.distributions import biject_to
 
-from elbozoo.inference.latents import LatentSpace
+from elbozoo.inference.latents import ChainState, LatentSpace, end_points
 from elbozoo.inference.pyro_engine import Program
-
-
-class State(NamedTuple):
-    """Chains ``(K, B)``: where they are, both end points' log densities there, and each datum's step size ``(B,)``."""
-
-    u: torch.Tensor
-    log_start: torch.Tensor
-    log_joint: torch.Tensor
-    step_size: torch.Tensor
 
 
 class Annealer:
@@ -41,18 +32,13 @@ class Annealer:
         """``log π_0`` and ``log π_1`` at ``u``, ``(K, B)``."""
         values, log_det = self.space.constrain(u)
         terms = self.program.terms(self.args, num_particles=len(u), values=values)
-        log_start = terms.log_guide if self.start == "guide" else terms.log_prior
-        return log_start + log_det, terms.log_prior + terms.log_lik + log_det
+        return end_points(terms, log_det, self.start)
 
-    def _transition(self, state: State, beta: float) -> tuple[State, torch.Tensor]:
+    def _transition(self, state: ChainState, beta: float) -> tuple[ChainState, torch.Tensor]:
         """One Hamiltonian transition that leaves ``π_0^(1-β) π_1^β`` invariant, and each datum's acceptance."""
 
-        def log_density(log_start: torch.Tensor, log_joint: torch.Tensor) -> torch.Tensor:
-            # a prior draw may be impossible: 0 · -inf is 0 where β is 0
-            return (1 - beta) * log_start + (beta * log_joint if beta > 0 else 0.0)
-
         def potential(z: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            return -log_density(*self._densities(z["u"])).sum()
+            return -ChainState(z["u"], *self._densities(z["u"]), state.step_size).log_density(beta).sum()
 
         momentum, size = torch.randn_like(state.u), state.step_size[:, None]
         with torch.enable_grad():
@@ -60,28 +46,33 @@ class Annealer:
                 {"u": state.u.detach().clone()}, {"u": momentum}, potential, dict, size, self.num_leapfrog
             )
         u, r = end[0]["u"].detach(), end[1]["u"]
-        log_start, log_joint = self._densities(u)
-        new = State(u, log_start, log_joint, state.step_size)
+        new = ChainState(u, *self._densities(u), state.step_size)
         energy = momentum.square().sum(-1) - r.square().sum(-1)
-        log_ratio = log_density(*new[1:3]) - log_density(*state[1:3]) + 0.5 * energy
+        log_ratio = new.log_density(beta) - state.log_density(beta) + 0.5 * energy
         log_ratio = torch.where(log_ratio.isfinite(), log_ratio, -torch.inf)  # a diverged trajectory is rejected
         accept = torch.rand_like(log_ratio).log() < log_ratio
         log_start, log_joint = (torch.where(accept, a, b) for a, b in zip(new[1:3], state[1:3], strict=True))
-        state = State(torch.where(accept[..., None], u, state.u), log_start, log_joint, state.step_size)
+        state = ChainState(torch.where(accept[..., None], u, state.u), log_start, log_joint, state.step_size)
         return state, log_ratio.clamp(max=0.0).exp().mean(dim=0)
 
     # --- what annealing calls ---
 
-    def begin(self, values: Mapping[str, np.ndarray], step_size: float) -> State:
+    def begin(self, values: Mapping[str, np.ndarray], step_size: float) -> ChainState:
         """Chains at these latents ``(K, B, …)``."""
         with torch.no_grad(), self.program._running(0):
             u = self.space.unconstrain(dict(zip(values, self.program._inputs(tuple(values.values())), strict=True)))
             log_start, log_joint = self._densities(u)
-            return State(u, log_start, log_joint, u.new_full((u.shape[1],), step_size))
+            return ChainState(u, log_start, log_joint, u.new_full((u.shape[1],), step_size))
 
     def advance(
-        self, state: State, path: tuple[np.ndarray, np.ndarray, np.ndarray], *, seed: int, adapt: float, target: float
-    ) -> tuple[State, np.ndarray, np.ndarray, np.ndarray]:
+        self,
+        state: ChainState,
+        path: tuple[np.ndarray, np.ndarray, np.ndarray],
+        *,
+        seed: int,
+        adapt: float,
+        target: float,
+    ) -> tuple[ChainState, np.ndarray, np.ndarray, np.ndarray]:
         """Weigh and move the chains along ``path``: changes of β ``(S,)``, βs ``(S,)``, step sizes ``(S, B)``.
 
         Args:
@@ -101,7 +92,7 @@ class Annealer:
                 accepted.append(acceptance)
         return state, total.cpu().numpy(), torch.stack(sizes).cpu().numpy(), torch.stack(accepted).cpu().numpy()
 
-    def values(self, state: State) -> dict[str, np.ndarray]:
+    def values(self, state: ChainState) -> dict[str, np.ndarray]:
         """The chains' latents."""
         with torch.no_grad():
             return {n: v.cpu().numpy() for n, v in self.space.constrain(state.u)[0].items()}

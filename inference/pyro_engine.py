@@ -895,6 +895,19 @@ class Program:
             terms = self.terms(args, num_particles=num_particles, analytic_kl=analytic_kl, values=given)
             return _to_numpy(fn(terms))
 
+    def log_density(self, values: Mapping[str, np.ndarray], args: tuple) -> np.ndarray:
+        """``log p(x, z)`` of the whole data ``args`` at latents ``(K, …)``, scales included, ``(K,)``, nats.
+
+        Of the model alone: the guide is not run.
+        """
+        with torch.no_grad(), self._running(0):
+            given, inputs = dict(zip(values, self._inputs(tuple(values.values())), strict=True)), self._inputs(args)
+            out = []
+            for k in range(len(next(iter(given.values())))):
+                with _Replay({name: value[k] for name, value in given.items()}):
+                    out.append(float(poutine.trace(self.model).get_trace(*inputs).log_prob_sum()))
+        return np.array(out)
+
     def localised(self, args: tuple, full_covariance: bool = False) -> Program:
         """This program with constant parameters and a guide that is optimised for each datum of ``args`` by itself.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,17 +36,6 @@ class Chains:
         self.program = program
         self.model = program.frozen().model
         self.num_warmup, self.num_draws, self.num_chains = num_warmup, num_draws, num_chains
-
-    def log_density(self, values: Mapping[str, np.ndarray], args: tuple) -> np.ndarray:
-        """``log p(x, z)`` of latents ``(K, …)`` and the data ``args``, as the model scales it, ``(K,)``, nats."""
-        z = dict(zip(values, self.program._inputs(tuple(values.values())), strict=True))
-        inputs = self.program._inputs(args)
-        out = []
-        with torch.no_grad(), torch.random.fork_rng():
-            for k in range(len(next(iter(z.values())))):
-                model = poutine.condition(self.model, {name: value[k] for name, value in z.items()})
-                out.append(float(poutine.trace(model).get_trace(*inputs).log_prob_sum()))
-        return np.array(out)
 
     def run(self, args: tuple, seed: int, scale: float) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Draws from ``p(z | x)`` by site, ``(chains, draws, …)``, and the sampler's statistics ``(chains, draws)``.

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from rich.progress import Progress
 
+from elbozoo.inference.arrays import standard_error
 from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import must
 from elbozoo.inference.evaluation import call_seed, call_size, evaluate
@@ -142,7 +143,7 @@ def _slope(low: RatePoint, high: RatePoint) -> Slope:
     if rate.mean() == 0:
         return Slope(low.beta, high.beta, math.nan, math.nan)
     slope = float(-distortion.mean() / rate.mean())
-    return Slope(low.beta, high.beta, slope, _se(distortion + slope * rate) / abs(float(rate.mean())))
+    return Slope(low.beta, high.beta, slope, standard_error(distortion + slope * rate) / abs(float(rate.mean())))
 
 
 def _plain(x: float) -> float | None:
@@ -190,7 +191,7 @@ def rate_distortion(
         ``replicates`` among the options, and for a site outside the data plate; what ``fit`` and
         :func:`~elbozoo.inference.evaluate` raise.
 
-    References: Alemi et al. 2018 (arXiv 1711.00464), the curve and its slope; Higgins et al. 2017, eq. 4 (β-VAE).
+    References: Alemi et al. 2018 (arXiv 1711.00464), the curve and its slope; Higgins et al. 2017 (β-VAE).
     """
     _check(betas, delta, fit_options)
     if program.engine == "pyro":  # a module that a plain function closes over would go on from the β before
@@ -228,9 +229,9 @@ def _point(run: Run, arrays: tuple[np.ndarray, ...], num_particles: int, delta: 
     return RatePoint(
         beta=run.objective.beta,  # pyright: ignore[reportAttributeAccessIssue]
         rate=float(parts["rate"].mean()),
-        rate_se=_se(parts["rate"]),
+        rate_se=standard_error(parts["rate"]),
         distortion=float(parts["distortion"].mean()),
-        distortion_se=_se(parts["distortion"]),
+        distortion_se=standard_error(parts["distortion"]),
         nll=found.nll,
         nll_se=found.nll_se,
         num_particles=num_particles,
@@ -268,7 +269,3 @@ def _means(terms: Terms) -> dict[str, Any]:
     """What one call hands back, means over its draws."""
     kl = {f"kl {n}": s.rate_terms.mean(axis=0) for n, s in terms.sites.items() if s.rate_terms is not None}
     return {"rate": terms.rate.mean(axis=0), "distortion": -terms.log_lik.mean(axis=0), "joint": terms.joint, **kl}
-
-
-def _se(x: np.ndarray) -> float:
-    return float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.nan

@@ -68,7 +68,7 @@ class Collapsed(_Weighted):
         epochs: passes over the data.
         beta: β. With the usual scales of weights and data, the default leaves below 0.01 nats.
 
-    References: Lucas et al. 2019 (arXiv 1911.02469), section 3, on β and collapse in the linear model.
+    References: Lucas et al. 2019 (arXiv 1911.02469), on β and collapse in the linear model.
     """
 
     beta: float = 1000.0

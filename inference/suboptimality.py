@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from elbozoo.inference.annealing import annealed_importance_sampling
-from elbozoo.inference.arrays import cos
-from elbozoo.inference.data import prepare
+from elbozoo.inference.arrays import cos, standard_error
+from elbozoo.inference.data import prepare, subset
 from elbozoo.inference.evaluation import evaluate
 from elbozoo.inference.exact import exact_log_lik
 from elbozoo.inference.gradients import STL
@@ -114,10 +114,7 @@ def gaps(
     whole_number("seed", seed, least=0)
     if num_data is not None:
         whole_number("num_data", num_data)
-    arrays = prepare(program, data)
-    if num_data is not None and num_data < len(arrays[0]):
-        rows = np.sort(np.random.default_rng(seed).choice(len(arrays[0]), num_data, replace=False))
-        arrays = tuple(a[rows] for a in arrays)
+    arrays = subset(prepare(program, data), num_data, seed)
     outline = program.outline(arrays)
     check_one_weight_a_datum(outline, len(arrays[0]))
 
@@ -198,14 +195,14 @@ def _result(columns: dict[str, np.ndarray], method: str) -> Gaps:
 
     def difference(a: str, b: str) -> tuple[float, float]:
         values = columns[a] - columns[b]
-        return float(values.mean()), _se(values)
+        return float(values.mean()), standard_error(values)
 
     richer = difference("richer_elbo", "optimal_elbo") if "richer_elbo" in columns else (None, None)
     approximation, amortisation = difference("log_lik", "optimal_elbo"), difference("optimal_elbo", "elbo")
     return Gaps(
         num_data=len(columns["elbo"]),
         log_lik=float(columns["log_lik"].mean()),
-        log_lik_se=_se(columns["log_lik"]),
+        log_lik_se=standard_error(columns["log_lik"]),
         log_lik_method=method,
         elbo=float(columns["elbo"].mean()),
         optimal_elbo=float(columns["optimal_elbo"].mean()),
@@ -218,7 +215,3 @@ def _result(columns: dict[str, np.ndarray], method: str) -> Gaps:
         richer_se=richer[1],
         per_datum=columns,
     )
-
-
-def _se(x: np.ndarray) -> float:
-    return float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.nan

@@ -11,10 +11,10 @@ from compile_once import as_users_run_it, compile_once  # noqa: F401
 from oracles import library
 from scipy import stats
 
-from elbozoo.calibration_figures import rank_histograms
 from elbozoo.inference import Calibration, calibrate
 from elbozoo.inference.calibration import _ranks
 from elbozoo.inference.errors import InvalidArgument, NonFinite
+from elbozoo.pictures import rank_histograms
 from elbozoo.zoo import LinearVAE
 
 SPEC = LinearVAE(data_dim=4, latent_dim=2, scale=0.7, guide="full")

@@ -268,7 +268,7 @@ def test_a_distribution_without_a_support_is_evaluated(rng: np.random.Generator)
     from elbozoo.inference.pyro_engine import Program
 
     class Own(dist.TorchDistribution):
-        arg_constraints = {}  # noqa: RUF012
+        arg_constraints: Any = {}  # noqa: RUF012
 
         def __init__(self, base: Any):
             self.base = base
