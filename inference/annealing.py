@@ -99,7 +99,6 @@ def annealed_importance_sampling(
     start: InitialDistribution = "guide",
     target_acceptance: float = 0.65,
     seed: int = 0,
-    batch_size: int | None = None,
     memory_limit: int = 2**30,
     progress: bool = False,
 ) -> AnnealedLikelihood:
@@ -126,8 +125,7 @@ def annealed_importance_sampling(
         start: "guide" (closer to the posterior) or "prior" (nothing of the guide comes in).
         target_acceptance: what the step sizes aim at.
         seed: equal arguments give equal results.
-        batch_size: data in one call; chosen when None.
-        memory_limit: bytes that one call may take, approximately, where ``batch_size`` is None.
+        memory_limit: bytes that one call may take, approximately.
         progress: show a progress bar.
 
     Returns: an :class:`AnnealedLikelihood`; nats per datum. State T, K, L and the start with its figures.
@@ -139,9 +137,7 @@ def annealed_importance_sampling(
     """
     settings = _Settings(num_temperatures, num_chains, num_leapfrog, start, target_acceptance, seed)
     began, arrays = time.perf_counter(), prepare(program, data)
-    if batch_size is not None:
-        whole_number("batch_size", batch_size)
-    batch = min(len(arrays[0]), batch_size or call_size(arrays, num_chains, memory_limit=memory_limit)[0])
+    batch, _ = call_size(arrays, num_chains, program.local_to, memory_limit)
     found: list[dict[str, Any]] = []
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("annealing", total=math.ceil(len(arrays[0]) / batch) * settings.cost(1))

@@ -35,6 +35,10 @@ def prepare(program: Any, data: Any, binarize: Binarize = "none", check: bool = 
         x = _binarize(x, binarize)
     if program.spec is not None and check:
         program.spec.check(x)
+    local_to = getattr(program, "local_to", None)
+    if local_to not in (None, len(x)):
+        todo = "Pass those, or the program with the amortised guide"
+        raise must("data", f"be the {local_to} data that the guide was optimised for", len(x), todo)
     return (x, *rest)
 
 

@@ -426,6 +426,7 @@ def evaluate(
         whole_number("batch_size", batch_size)
     began = time.perf_counter()
     arrays = prepare(program, data)
+    batch_size = batch_size or getattr(program, "local_to", None)  # a guide for these data takes them all at once
     sizes = call_size(arrays, num_particles, batch_size, memory_limit)
     totals = _stream(program, arrays, num_particles, seed, sizes, progress)
     if totals is None:  # the first call found a joint weight

@@ -618,6 +618,8 @@ class Program:
         spec: the zoo spec they were made from, if any.
         params: constrained parameters by site name.
         mutable: values of mutable sites (batch-norm statistics and the like).
+        local_to: how many data the guide has parameters for, each for one of them (see :meth:`localised`); None for an
+            amortised guide.
     """
 
     model_fn: Callable
@@ -625,6 +627,7 @@ class Program:
     spec: Any = None
     params: Params | None = None
     mutable: Params | None = None
+    local_to: int | None = None
 
     engine = "numpyro"
 
@@ -654,7 +657,8 @@ class Program:
                 "Use run.program, or program.with_weights(…)",
             )
         params = self._all_params()
-        return Program(_Bound(self.model_fn, params, True), _Bound(self.guide_fn, params, True), self.spec, params={})
+        model, guide = _Bound(self.model_fn, params, True), _Bound(self.guide_fn, params, True)
+        return Program(model, guide, self.spec, {}, local_to=self.local_to)
 
     def init(self, key: jax.Array, *args: Any) -> tuple[Params, dict[str, Any], Params]:
         """Initial parameters (constrained), their constraints, and mutable values, from one run on ``args``."""
@@ -805,7 +809,7 @@ class Program:
             with _Localise(offsets, full_covariance):
                 return frozen.guide(*args)
 
-        return Program(frozen.model, guide)
+        return Program(frozen.model, guide, local_to=len(args[0]))
 
     def outline(self, args: tuple) -> Terms:
         """The :class:`Terms` of one particle as shapes, supports and flags: nothing is computed."""

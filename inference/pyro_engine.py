@@ -734,6 +734,8 @@ class Program:
         spec: the zoo spec they were made from, if any.
         store: a parameter-store state (``pyro.get_param_store().get_state()``) to run with.
         trained: whether the weights mean something (``fit`` starts from them) or are a zoo program's initial ones.
+        local_to: how many data the guide has parameters for, each for one of them (see :meth:`localised`); None for an
+            amortised guide.
     """
 
     model: Callable
@@ -741,6 +743,7 @@ class Program:
     spec: Any = None
     store: dict[str, Any] = field(default_factory=lambda: {"params": {}, "constraints": {}})
     trained: bool = False
+    local_to: int | None = None
 
     engine = "pyro"
 
@@ -771,7 +774,7 @@ class Program:
         parts = [part for module in self._modules() for part in module.modules()]
         models = {i: part._model for i, part in enumerate(parts) if isinstance(part, AutoGuide)}
         model, guide, store = copy.deepcopy((self.model, self.guide, self.store))
-        twin = Program(model, guide, self.spec, store, self.trained)
+        twin = Program(model, guide, self.spec, store, self.trained, self.local_to)
         copies = [part for module in twin._modules() for part in module.modules()]
         for i, owned in models.items():  # an autoguide forgets its model when it is copied, and so does its copy
             parts[i].__dict__["_model"] = copies[i].__dict__["_model"] = owned
@@ -790,7 +793,8 @@ class Program:
             module.eval()
         for p in twin._tensors().values():
             p.requires_grad_(False)
-        return Program(_Hidden(twin.model, twin), _Hidden(twin.guide, twin), self.spec, twin.store, trained=True)
+        model, guide = _Hidden(twin.model, twin), _Hidden(twin.guide, twin)
+        return Program(model, guide, self.spec, twin.store, True, self.local_to)
 
     def _modules(self) -> list[torch.nn.Module]:
         return owners(self.model, self.guide)
@@ -934,7 +938,7 @@ class Program:
             with _Localise(offsets, full_covariance):
                 return frozen.guide(*args)
 
-        return Program(frozen.model, guide)
+        return Program(frozen.model, guide, local_to=len(args[0]))
 
     def outline(self, args: tuple) -> Terms:
         """The :class:`Terms` of one particle, for their shapes, supports and flags."""

@@ -26,6 +26,9 @@ def places(
     Raises: InvalidArgument where it cannot be told, and for a latent that is drawn given observed data (no draw of the
         model then starts with its latents).
     """
+    if program.local_to is not None:
+        todo = "Pass the program with the amortised guide"
+        raise must("guide", f"be one for any data under {caller}", "one optimised for data of its own", todo)
     out = program.predict(arrays, seed=seed, prior=True)
     for name, z in out["latent"].items():
         if z.shape[1:2] != (len(arrays[0]),):

@@ -119,9 +119,8 @@ def gaps(
     check_one_weight_a_datum(outline, len(arrays[0]))
 
     def bound(guided: Any) -> np.ndarray:
-        """The ELBO by datum; all data at once, for a guide with parameters a datum."""
-        size = len(arrays[0])
-        return evaluate(guided, arrays, num_particles=num_particles, seed=seed, batch_size=size).per_datum.elbo
+        """The ELBO by datum."""
+        return evaluate(guided, arrays, num_particles=num_particles, seed=seed).per_datum.elbo
 
     optimal = _optimised(program.localised(arrays), arrays, num_steps, seed, progress)
     columns = {"elbo": bound(program), "optimal_elbo": bound(optimal)}
@@ -133,7 +132,7 @@ def gaps(
     exact, method = exact_log_lik(program, arrays), "exact"
     if exact is None:
         options: dict[str, Any] = {"num_temperatures": num_temperatures, "num_chains": num_chains, "num_leapfrog": 5}
-        options |= {"batch_size": len(arrays[0]), "seed": seed, "progress": progress}
+        options |= {"seed": seed, "progress": progress}
         found = annealed_importance_sampling(best, arrays, **options)
         exact = found.log_lik_estimate
         method = f"AIS, {num_chains} chains, {num_temperatures} temperatures, from locally optimised guides"
@@ -163,9 +162,8 @@ def optimise_guide(
         seed: equal arguments give equal results.
         progress: show progress bars.
 
-    Returns: a program for :func:`~elbozoo.inference.evaluate` and
-        :func:`~elbozoo.inference.annealed_importance_sampling` with ``batch_size=len(data)``, and for
-        :func:`~elbozoo.inference.ground_truth`, on these data. On others it means nothing.
+    Returns: a program for :func:`~elbozoo.inference.evaluate`, :func:`~elbozoo.inference.annealed_importance_sampling`
+        and :func:`~elbozoo.inference.ground_truth` on these data; on others it is refused.
     Raises: as :func:`gaps`.
     """
     whole_number("num_steps", num_steps)

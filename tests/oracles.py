@@ -182,6 +182,21 @@ class LinearGaussian:
 # --- programs ---------------------------------------------------------------------------------------------------
 
 
+def shared_latent(engine: str) -> tuple[Callable, Callable]:
+    """Model and guide of a latent that all data share: ``mu ~ N(0, 1)``, ``x_n ~ N(mu, 1)``."""
+    lib = library(engine)
+
+    def model(x: Any) -> None:
+        mu = lib.sample("mu", lib.dist.Normal(lib.array(0.0), 1.0))
+        with lib.plate("data", len(x), dim=-1):
+            lib.sample("x", lib.dist.Normal(mu, 1.0), obs=x)
+
+    def guide(x: Any) -> None:
+        lib.sample("mu", lib.dist.Normal(lib.param("m", lib.array(0.0)), 1.0))
+
+    return model, guide
+
+
 def wrapped(engine: str, model: Callable, guide: Callable) -> Any:
     """A program without parameters, as one of either engine that is trained."""
     if engine == "numpyro":

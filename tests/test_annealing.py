@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compile_once import as_users_run_it, compile_once  # noqa: F401
-from oracles import library, wrapped
+from oracles import library, shared_latent, wrapped
 from scipy import stats
 
 from elbozoo.inference import InvalidArgument, annealed_importance_sampling, bracket, calibrate, evaluate
@@ -172,16 +172,8 @@ def test_bad_input_is_refused(engine: str, rng: np.random.Generator) -> None:
     with pytest.raises(InvalidArgument, match="site 'd' must be continuous"):
         annealed_importance_sampling(wrapped(engine, model, guide), rng.normal(size=3))
 
-    def shared_model(x: Any) -> None:
-        mu = lib.sample("mu", lib.dist.Normal(lib.array(0.0), 1.0))
-        with lib.plate("data", len(x), dim=-1):
-            lib.sample("x", lib.dist.Normal(mu, 1.0), obs=x)
-
-    def shared_guide(x: Any) -> None:
-        lib.sample("mu", lib.dist.Normal(lib.array(0.0), 1.0))
-
     with pytest.raises(InvalidArgument, match="program must have every latent inside its data plate"):
-        annealed_importance_sampling(wrapped(engine, shared_model, shared_guide), rng.normal(size=3))
+        annealed_importance_sampling(wrapped(engine, *shared_latent(engine)), rng.normal(size=3))
 
 
 def test_simulated_data_need_a_place(engine: str, rng: np.random.Generator) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compile_once import as_users_run_it, compile_once  # noqa: F401
-from oracles import library
+from oracles import library, shared_latent, wrapped
 from scipy import integrate, stats
 
 from elbozoo.inference import bottleneck
@@ -147,14 +147,7 @@ def test_discrete_and_dependent_latents(engine: str, rng: np.random.Generator) -
         with lib.plate("data", len(x), dim=-1):
             lib.sample("x", lib.dist.Normal(draw(x), 1.0), obs=x)
 
-    if engine == "numpyro":
-        from elbozoo.inference.numpyro_engine import Program
-
-        program = Program(model, guide).with_params({})
-    else:
-        from elbozoo.inference.pyro_engine import Program
-
-        program = Program(model, guide)
+    program = wrapped(engine, model, guide)
     found = bottleneck(program, rng.normal(size=40), num_particles=4)
     assert found.rate == pytest.approx(0, abs=1e-12)
     assert found.mutual_information == pytest.approx(0, abs=1e-12)
@@ -191,26 +184,8 @@ def test_bad_input_is_refused(engine: str, rng: np.random.Generator) -> None:
 
 
 def test_a_latent_outside_the_plate_is_refused(engine: str, rng: np.random.Generator) -> None:
-    lib = library(engine)
-
-    def model(x: Any) -> None:
-        mu = lib.sample("mu", lib.dist.Normal(lib.array(0.0), 1.0))
-        with lib.plate("data", len(x), dim=-1):
-            lib.sample("x", lib.dist.Normal(mu, 1.0), obs=x)
-
-    def guide(x: Any) -> None:
-        lib.sample("mu", lib.dist.Normal(lib.array(0.0), 1.0))
-
-    if engine == "numpyro":
-        from elbozoo.inference.numpyro_engine import Program
-
-        program = Program(model, guide).with_params({})
-    else:
-        from elbozoo.inference.pyro_engine import Program
-
-        program = Program(model, guide)
     with pytest.raises(InvalidArgument, match="program must have every latent inside its data plate"):
-        bottleneck(program, rng.normal(size=10))
+        bottleneck(wrapped(engine, *shared_latent(engine)), rng.normal(size=10))
 
 
 @pytest.mark.pyro

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compile_once import as_users_run_it, compile_once  # noqa: F401
-from oracles import library
+from oracles import library, shared_latent, wrapped
 from scipy import stats
 
 from elbozoo.inference import Calibration, calibrate
@@ -37,16 +37,6 @@ def linear(engine: str, shift: float = 0.0, width: float = 1.0) -> Any:
     tril[1] *= width
     moved = {"encoder.bias": EXACT["encoder.bias"] + shift * SD, "encoder_tril": tril}
     return base(engine).with_weights(EXACT | moved)
-
-
-def program_of(engine: str, model: Any, guide: Any) -> Any:
-    if engine == "numpyro":
-        from elbozoo.inference.numpyro_engine import Program
-
-        return Program(model, guide).with_params({})
-    from elbozoo.inference.pyro_engine import Program
-
-    return Program(model, guide)
 
 
 def test_an_exact_guide_is_calibrated(engine: str) -> None:
@@ -154,7 +144,7 @@ def test_discrete_and_several_sites(engine: str) -> None:
             lib.sample("c", lib.dist.Bernoulli(logits=odds))
 
     data = (np.zeros(7), np.zeros(7), np.linspace(0, 5, 14).reshape(7, 2))
-    program = program_of(engine, model, guide)
+    program = wrapped(engine, model, guide)
     found = calibrate(program, data, num_simulations=3000, num_draws=9, observed={"x": 0, "y": 1})
     assert found.ranks["c"].shape == (3000, 1)
     assert found.p_value > 1e-3
@@ -235,18 +225,8 @@ def test_bad_input_is_refused(engine: str) -> None:
 
 
 def test_a_global_latent_is_refused(engine: str) -> None:
-    lib = library(engine)
-
-    def model(x: Any) -> None:
-        mu = lib.sample("mu", lib.dist.Normal(lib.array(0.0), 1.0))
-        with lib.plate("data", len(x), dim=-1):
-            lib.sample("x", lib.dist.Normal(mu, 1.0), obs=x)
-
-    def guide(x: Any) -> None:
-        lib.sample("mu", lib.dist.Normal(lib.array(0.0), 1.0))
-
     with pytest.raises(InvalidArgument, match="site 'mu' must have the data along its first dim"):
-        calibrate(program_of(engine, model, guide), np.zeros(4))
+        calibrate(wrapped(engine, *shared_latent(engine)), np.zeros(4))
 
 
 def test_nan_is_not_ranked(engine: str) -> None:

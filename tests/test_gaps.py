@@ -11,7 +11,17 @@ from compile_once import as_users_run_it, compile_once  # noqa: F401
 from oracles import library, wrapped
 from scipy import optimize, stats
 
-from elbozoo.inference import InvalidArgument, Refused, evaluate, exact_log_lik, fit, gaps, optimise_guide
+from elbozoo.inference import (
+    InvalidArgument,
+    Refused,
+    bottleneck,
+    calibrate,
+    evaluate,
+    exact_log_lik,
+    fit,
+    gaps,
+    optimise_guide,
+)
 from elbozoo.zoo import LinearVAE
 
 
@@ -196,17 +206,25 @@ def test_the_spec_knows_its_marginal(engine: str, rng: np.random.Generator) -> N
     np.testing.assert_allclose(found, stats.multivariate_normal(best["decoder.bias"], covariance).logpdf(x))
 
 
-@pytest.mark.numpyro
-def test_an_optimised_guide_is_a_program(rng: np.random.Generator) -> None:
+def test_an_optimised_guide_is_a_program(engine: str, rng: np.random.Generator) -> None:
     """Every datum's own best guide, evaluated like any other: with a full covariance it is exact, and k̂ says so."""
     spec, best, x = linear(rng, "diagonal")
     shifted = best | {"encoder.bias": best["encoder.bias"] + 0.3}
-    program = spec.numpyro().with_weights(shifted)
+    program = getattr(spec, engine)().with_weights(shifted)
     full = optimise_guide(program, x, full_covariance=True, num_steps=200)
-    found = evaluate(full, x, num_particles=50, batch_size=len(x))
+    found = evaluate(full, x, num_particles=50)
     np.testing.assert_allclose(found.per_datum.elbo, spec.log_prob(best, x), atol=2e-2)
     assert found.per_datum.ess.min() > 49
     assert program.weights.keys() == shifted.keys(), "the program itself is as it was"
+    for instrument in (evaluate, bottleneck, gaps):
+        with pytest.raises(InvalidArgument, match="data must be the 12 data that the guide was optimised for; got 5"):
+            instrument(full, x[:5])
+    with pytest.raises(InvalidArgument, match="guide must be one for any data under calibrate"):
+        calibrate(full, x)
+    frozen = evaluate(full.frozen(), x, num_particles=50)
+    np.testing.assert_allclose(
+        frozen.per_datum.elbo, found.per_datum.elbo, rtol=1e-14
+    )  # the last bit: folded constants
 
 
 def test_latents_over_two_event_dims_have_no_richer_family(engine: str, rng: np.random.Generator) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from compile_once import as_users_run_it, compile_once  # noqa: F401
 from matplotlib import pyplot
-from oracles import library
+from oracles import library, shared_latent, wrapped
 from scipy import integrate, stats
 
 from elbozoo.inference import ground_truth
@@ -49,16 +49,6 @@ def linear(engine: str, shift: float = 0.0, width: float = 1.0) -> GroundTruth:
     tril[1] *= width
     weights = EXACT | {"encoder.bias": EXACT["encoder.bias"] + shift * SD, "encoder_tril": tril}
     return ground_truth(base(engine).with_weights(weights), X, num_warmup=300, num_draws=400)
-
-
-def program_of(engine: str, model: Any, guide: Any) -> Any:
-    if engine == "numpyro":
-        from elbozoo.inference.numpyro_engine import Program
-
-        return Program(model, guide).with_params({})
-    from elbozoo.inference.pyro_engine import Program
-
-    return Program(model, guide)
 
 
 def near(values: np.ndarray, want: Any, name: str = "") -> None:
@@ -279,7 +269,7 @@ def own(engine: str, size: int | None = None) -> Any:
             lib.sample("s", lib.dist.LogNormal(x / 2, 0.5**0.5))
             lib.sample("z", lib.dist.Normal(y / 2, 0.5**0.5).to_event(1))
 
-    return program_of(engine, model, guide)
+    return wrapped(engine, model, guide)
 
 
 def own_data() -> tuple[np.ndarray, np.ndarray]:
@@ -322,7 +312,7 @@ def test_pyro_sums_discrete_latents_out() -> None:
             lib.sample("z", lib.dist.Normal(lib.array(0.0), 1.0))
             lib.sample("c", lib.dist.Bernoulli(lib.array(0.5)))
 
-    found = ground_truth(program_of("pyro", model, guide), np.array([2.5]), num_warmup=60, num_draws=60, num_chains=2)
+    found = ground_truth(wrapped("pyro", model, guide), np.array([2.5]), num_warmup=60, num_draws=60, num_chains=2)
 
     def density(z: float) -> float:
         on = 1 / (1 + np.exp(-3.0 * z))
@@ -369,7 +359,7 @@ def test_equal_seeds(engine: str) -> None:
 
 def refused(engine: str, model: Any, guide: Any, data: Any, text: str, error: Any = InvalidArgument) -> None:
     with pytest.raises(error, match=text):
-        ground_truth(program_of(engine, model, guide), data, num_warmup=2, num_draws=10, num_chains=2)
+        ground_truth(wrapped(engine, model, guide), data, num_warmup=2, num_draws=10, num_chains=2)
 
 
 def test_bad_arguments_are_refused(engine: str) -> None:
@@ -386,17 +376,7 @@ def test_bad_arguments_are_refused(engine: str) -> None:
 
 
 def test_a_global_latent_is_refused(engine: str) -> None:
-    lib = library(engine)
-
-    def model(x: Any) -> None:
-        mu = lib.sample("mu", lib.dist.Normal(lib.array(0.0), 1.0))
-        with lib.plate("data", len(x), dim=-1):
-            lib.sample("x", lib.dist.Normal(mu, 1.0), obs=x)
-
-    def guide(x: Any) -> None:
-        lib.sample("mu", lib.dist.Normal(lib.array(0.0), 1.0))
-
-    refused(engine, model, guide, np.zeros(3), "program must have every latent inside its data plate")
+    refused(engine, *shared_latent(engine), np.zeros(3), "program must have every latent inside its data plate")
 
 
 @pytest.mark.numpyro

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compile_once import as_users_run_it, compile_once  # noqa: F401
-from oracles import library
+from oracles import shared_latent
 
 from elbozoo.inference import Beta, RateDistortion, RatePoint, rate_distortion
 from elbozoo.inference.errors import InvalidArgument
@@ -152,18 +152,8 @@ def test_bad_input_is_refused(engine: str) -> None:
 
 
 def test_a_latent_outside_the_plate_is_refused(engine: str) -> None:
-    lib = library(engine)
-
-    def model(x: Any) -> None:
-        mu = lib.sample("mu", lib.dist.Normal(lib.array(0.0), 1.0))
-        with lib.plate("data", len(x), dim=-1):
-            lib.sample("x", lib.dist.Normal(mu, 1.0), obs=x)
-
-    def guide(x: Any) -> None:
-        lib.sample("mu", lib.dist.Normal(lib.param("m", lib.array(0.0)), 1.0))
-
     from importlib import import_module
 
-    program = import_module(f"elbozoo.inference.{engine}_engine").Program(model, guide)
+    program = import_module(f"elbozoo.inference.{engine}_engine").Program(*shared_latent(engine))
     with pytest.raises(InvalidArgument, match="program must have every latent inside its data plate"):
         rate_distortion(program, np.zeros(10), [1.0], epochs=1, batch_size=10, progress=False)
