@@ -20,7 +20,8 @@ class Spec(Part):
     """A model and its guide, as hyperparameters: frozen, comparable, JSON-able, and without an engine.
 
     A model folder's ``__init__.py`` holds one, and ``model_pyro.py`` and ``model_numpyro.py`` beside it hold its two
-    forms: classes ``Model`` and ``Guide`` with the same methods in the same order.
+    forms: classes ``Model(spec, name)`` and ``Guide(spec, model, name)`` with the same methods in one order. A guide
+    is given its model because some share the generative path (a ladder) or climb its density (semi-amortised).
     """
 
     def pyro(self, name: str = "") -> elbozoo.inference.pyro_engine.Program:
@@ -35,7 +36,8 @@ class Spec(Part):
         form = self.form_module("pyro")
         from elbozoo.inference.pyro_engine import Program
 
-        return Program(form.Model(self, check_name(name)), form.Guide(self, name), spec=self)
+        model = form.Model(self, check_name(name))
+        return Program(model, form.Guide(self, model, name), spec=self)
 
     def numpyro(self, name: str = "") -> elbozoo.inference.numpyro_engine.Program:
         """The program in NumPyro: ``.model`` and ``.guide`` are plain callables.
@@ -50,7 +52,8 @@ class Spec(Part):
         form = self.form_module("numpyro")
         from elbozoo.inference.numpyro_engine import Program
 
-        return Program(form.Model(self, check_name(name)), form.Guide(self, name), spec=self)
+        model = form.Model(self, check_name(name))
+        return Program(model, form.Guide(self, model, name), spec=self)
 
     def check(self, x: Any) -> None:
         """Raise InvalidArgument unless ``x`` is data that the model can have generated."""

@@ -45,7 +45,7 @@ class Model:
 class Guide:
     """q(z | x)."""
 
-    def __init__(self, spec: LinearVAE, name: str = ""):
+    def __init__(self, spec: LinearVAE, model: Model, name: str = ""):
         self.spec, self.name = spec, name
         self.prefix = f"{name}." if name else ""
 

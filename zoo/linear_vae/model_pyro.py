@@ -43,7 +43,7 @@ class Model(PyroModule):
 class Guide(PyroModule):
     """q(z | x)."""
 
-    def __init__(self, spec: LinearVAE, name: str = ""):
+    def __init__(self, spec: LinearVAE, model: Model, name: str = ""):
         super().__init__(name)
         self.spec = spec
         self.encoder = linear(spec.data_dim, spec.latent_dim)

@@ -44,7 +44,7 @@ class Model:
 class Guide:
     """q(z | x)."""
 
-    def __init__(self, spec: VAE, name: str = ""):
+    def __init__(self, spec: VAE, model: Model, name: str = ""):
         self.spec, self.name = spec, name
         self.prefix = f"{name}." if name else ""
         self.num_outputs = spec.guide.num_outputs(spec.latent_dim)

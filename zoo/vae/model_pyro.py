@@ -38,7 +38,7 @@ class Model(PyroModule):
 class Guide(PyroModule):
     """q(z | x)."""
 
-    def __init__(self, spec: VAE, name: str = ""):
+    def __init__(self, spec: VAE, model: Model, name: str = ""):
         super().__init__(name)
         self.spec = spec
         num_outputs = spec.guide.num_outputs(spec.latent_dim)
