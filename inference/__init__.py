@@ -17,7 +17,7 @@ from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, B
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.posterior import to_arviz
 from elbozoo.inference.rate_distortion import RateDistortion, RatePoint, rate_distortion
-from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, Shape
+from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, LayerwiseAnnealedKL, Shape
 from elbozoo.inference.starts import PPCA, Collapsed, Informative, Start
 from elbozoo.inference.suboptimality import Gaps, gaps, optimise_guide
 from elbozoo.inference.terms import Site, Terms
@@ -54,6 +54,7 @@ __all__ = [
     "GroundTruth",
     "Informative",
     "InvalidArgument",
+    "LayerwiseAnnealedKL",
     "LocalMinima",
     "NonFinite",
     "Objective",

@@ -8,6 +8,7 @@ to a target. A shape wraps an objective and is an objective, so shapes nest: ``A
 from __future__ import annotations
 
 import math
+import re
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -70,18 +71,18 @@ class Shape(Objective):
     def scalars(self, terms: Terms) -> dict[str, Any]:
         """The shaped bound (batch mean, nats) and every schedule's present value."""
         shaped = self.base.bound(self.shape_all(terms)).mean() / terms.data_per_entry
-        return {"shaped_bound": stop_gradient(shaped), **self._schedules(terms.step)}
+        return {"shaped_bound": stop_gradient(shaped), **self._schedules(terms)}
 
-    def _schedules(self, step: Any) -> dict[str, Any]:
+    def _schedules(self, terms: Terms) -> dict[str, Any]:
         inner = self.objective
-        return {**(inner._schedules(step) if isinstance(inner, Shape) else {}), **self.schedule(step)}
+        return {**(inner._schedules(terms) if isinstance(inner, Shape) else {}), **self.schedule(terms)}
 
     @property
     def uses_step(self) -> bool:
         return self.objective.uses_step
 
-    def schedule(self, step: Any) -> dict[str, Any]:
-        """This shape's own scalars at ``step``, by the name they are logged under."""
+    def schedule(self, terms: Terms) -> dict[str, Any]:
+        """This shape's own scalars at the terms' step, by the name they are logged under."""
         return {}
 
     def in_steps(self, steps_per_epoch: int) -> Shape:
@@ -141,8 +142,8 @@ class Beta(Shape):
     def shape(self, terms: Terms) -> Terms:
         return _scale_gains(terms, self.beta)
 
-    def schedule(self, step: Any) -> dict[str, Any]:
-        return {"beta": step * 0.0 + self.beta}
+    def schedule(self, terms: Terms) -> dict[str, Any]:
+        return {"beta": terms.step * 0.0 + self.beta}
 
 
 @dataclass(frozen=True)
@@ -206,8 +207,99 @@ class AnnealedKL(Shape):
     def shape(self, terms: Terms) -> Terms:
         return _scale_gains(terms, self.beta(terms.step))
 
-    def schedule(self, step: Any) -> dict[str, Any]:
-        return {"beta": self.beta(step)}
+    def schedule(self, terms: Terms) -> dict[str, Any]:
+        return {"beta": self.beta(terms.step)}
+
+
+@dataclass(frozen=True)
+class LayerwiseAnnealedKL(Shape):
+    r"""KL warm-up layer by layer: each site's β rises from ``start`` to 1, one site after another.
+
+    Site i of ``order`` (from 0) is charged ``β_i(t) = start + (1 - start) clip((t - i delay) / warmup, 0, 1)``. With
+    the default order, ``z1`` (next to the data) first, the upper layers stay free the longest: information that they
+    can carry is unlocked from the top down, before its price is asked.
+
+    Args:
+        objective: the objective to shape.
+        warmup: length of one site's rise, in ``unit``.
+        delay: from the beginning of one site's rise to that of the next, in ``unit``.
+        order: sites, the first to be charged first; by default by the numbers in their names.
+        unit: "steps" or "epochs" (epochs only inside ``fit``).
+        start: β before a site's rise.
+
+    Raises: InvalidArgument for lengths below 0 (``warmup`` ≤ 0), start outside [0, 1], or an order that is not of the
+        program's sites; Refused with gradients that need one gain for all sites (DReG beyond the ELBO).
+    Limits: ``delay=0`` is :class:`AnnealedKL`.
+    References: Sønderby et al. 2016 (arXiv 1602.02282), eq. 18, for all layers at once.
+    """
+
+    objective: Objective = field(default_factory=ELBO)
+    warmup: float = 10
+    delay: float = 5
+    order: tuple[str, ...] = ()
+    unit: Unit = "epochs"
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        todo = "Use the objective without LayerwiseAnnealedKL for no warm-up"
+        number("warmup", self.warmup, lambda v: v > 0, "be finite and above 0", todo)
+        number("delay", self.delay, lambda v: v >= 0, "be finite and at least 0", "0 anneals all sites together")
+        number("start", self.start, lambda v: 0 <= v <= 1, "lie in [0, 1]", "β rises from start to 1")
+        one_of("unit", self.unit, get_args(Unit))
+        object.__setattr__(self, "order", tuple(self.order))
+        _check_gains(self)
+
+    @property
+    def uses_step(self) -> bool:
+        return True
+
+    def check(self, terms: Terms) -> None:
+        super().check(terms)
+        if self.order and sorted(self.order) != sorted(terms.sites):
+            todo = "Name each latent once, or leave order empty"
+            raise must("order", f"name the sites {sorted(terms.sites)}", self.order, todo)
+
+    @property
+    def total(self) -> float:
+        """Length of the whole schedule, in ``unit``; of the first site's rise alone where the order is left open."""
+        return self.warmup + self.delay * max(len(self.order) - 1, 0)
+
+    def betas(self, terms: Terms) -> dict[str, Any]:
+        """β by site at the terms' step."""
+        order = self.order or tuple(sorted(terms.sites, key=_by_number))
+        begun = {name: terms.step - i * self.delay for i, name in enumerate(order)}
+        rise = {name: _progress(self.warmup, self.unit, step * (step > 0)) for name, step in begun.items()}
+        return {name: self.start + (1.0 - self.start) * x for name, x in rise.items()}
+
+    def shape(self, terms: Terms) -> Terms:
+        betas = self.betas(terms)
+        gains = {n: s.gain * betas[n] for n, s in terms.sites.items()}
+        return terms.shaped(gains, {n: s.offset * betas[n] for n, s in terms.sites.items()})
+
+    def schedule(self, terms: Terms) -> dict[str, Any]:
+        return {f"beta_{name}": beta for name, beta in self.betas(terms).items()}
+
+    def in_steps(self, steps_per_epoch: int) -> Shape:
+        out = super().in_steps(steps_per_epoch)
+        return replace(out, delay=self.delay * steps_per_epoch) if self.unit == "epochs" else out
+
+
+def _by_number(name: str) -> tuple[Any, ...]:
+    """Sort key: z2 before z10."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
+
+
+def _check_gains(shape: Shape) -> None:
+    """Refuse a gradient that needs one gain for every site and dimension."""
+    if not shape.gradient.allows_gain_per_dimension:
+        raise must(
+            f"{type(shape).__name__}.objective.gradient",
+            "allow gains that differ",
+            type(shape.gradient).__name__,
+            "Use Pathwise() or STL(); for the ELBO, DReG is STL",
+            Refused,
+        )
 
 
 def _check_constraint(shape: Shape) -> None:
@@ -252,14 +344,7 @@ class FreeBits(Shape):
         number("free_bits", self.free_bits, lambda v: v >= 0, "be finite and at least 0", "0 is the plain ELBO")
         one_of("per", self.per, ("dimension", "site"))
         _check_constraint(self)
-        if not self.gradient.allows_gain_per_dimension:
-            raise must(
-                "FreeBits.objective.gradient",
-                "allow a gain per dimension",
-                type(self.gradient).__name__,
-                "Use Pathwise() or STL(); for the ELBO, DReG is STL",
-                Refused,
-            )
+        _check_gains(self)
 
     def check(self, terms: Terms) -> None:
         super().check(terms)
@@ -288,8 +373,8 @@ class FreeBits(Shape):
             gains[name], offsets[name] = site.gain * charged, site.offset + self.free_bits * free
         return terms.shaped(gains, offsets)
 
-    def schedule(self, step: Any) -> dict[str, Any]:
-        return {"free_bits": step * 0.0 + self.free_bits}
+    def schedule(self, terms: Terms) -> dict[str, Any]:
+        return {"free_bits": terms.step * 0.0 + self.free_bits}
 
 
 @dataclass(frozen=True)
@@ -339,5 +424,5 @@ class Capacity(Shape):
         offsets = {n: s.offset - s.gain * target * (n == first) for n, s in pulled.sites.items()}
         return pulled.shaped({n: s.gain for n, s in pulled.sites.items()}, offsets)
 
-    def schedule(self, step: Any) -> dict[str, Any]:
-        return {"capacity": self.target(step)}
+    def schedule(self, terms: Terms) -> dict[str, Any]:
+        return {"capacity": self.target(terms.step)}

@@ -387,6 +387,51 @@ def _two_sites(bottom_up: bool) -> Toy:
     return Toy("bottom-up" if bottom_up else "top-down", p0, 1.2, program, nodes)
 
 
+def _ladder() -> Toy:
+    """Three layers, and a guide that merges the model's own conditionals with evidence: ``u3``, ``t`` and ``u2`` are in both."""
+    p0 = {"m": 0.2, "u3": 0.9, "t": -0.3, "u2": 1.1, "w": 0.9, "b": 0.5, "s": -0.2}
+    p0 |= {"qa3": 0.5, "qc3": -0.8, "qa2": 0.9, "qc2": -0.6, "qa1": 0.7, "qc1": -0.8}
+
+    def merged(lib: Any, m: Any, log_s: Any, mu: Any, log_sigma: Any) -> tuple[Any, Any]:
+        a, b = lib.exp(-2.0 * log_s), lib.exp(-2.0 * log_sigma)
+        return (a * m + b * mu) / (a + b), (a + b) ** -0.5
+
+    def program(lib: Any, p: Callable, size: int) -> tuple[Callable, Callable]:
+        xp, normal = lib.xp, lib.dist.Normal
+
+        def model(x: Any) -> None:
+            with lib.plate("data", size, dim=-1):
+                z3 = lib.sample("z3", normal(p("m"), 1.0))
+                z2 = lib.sample("z2", normal(p("u3") * z3, xp.exp(p("t"))))
+                z1 = lib.sample("z1", normal(p("u2") * xp.tanh(z2), 1.0))
+                lib.sample("x", normal(p("w") * z1 + p("b") * xp.tanh(z1), xp.exp(p("s"))), obs=x)
+
+        def guide(x: Any) -> None:
+            with lib.plate("data", size, dim=-1):
+                z3 = lib.sample("z3", normal(p("qa3"), xp.exp(p("qc3"))))
+                z2 = lib.sample("z2", normal(*merged(xp, p("qa2"), p("qc2"), p("u3") * z3, p("t"))))
+                lib.sample("z1", normal(*merged(xp, p("qa1"), p("qc1"), p("u2") * xp.tanh(z2), 0.0 * p("t"))))
+
+        return model, guide
+
+    def nodes(p: Params, q: Params, num: int) -> Nodes:
+        (e3, e2, e1), weight = product(*[gauss_hermite(num)] * 3)
+        z3 = p["qa3"] + np.exp(p["qc3"]) * e3
+        loc, scale = merged(np, p["qa2"], p["qc2"], p["u3"] * z3, p["t"])
+        z2 = loc + scale * e2
+        loc, scale = merged(np, p["qa1"], p["qc1"], p["u2"] * np.tanh(z2), 0.0)
+        z1 = loc + scale * e1
+        log_q = normal(z3, q["qa3"], np.exp(q["qc3"]))
+        log_q = log_q + normal(z2, *merged(np, q["qa2"], q["qc2"], q["u3"] * z3, q["t"]))
+        log_q = log_q + normal(z1, *merged(np, q["qa1"], q["qc1"], q["u2"] * np.tanh(z2), 0.0))
+        log_p = (
+            normal(z3, p["m"], 1.0) + normal(z2, p["u3"] * z3, np.exp(p["t"])) + normal(z1, p["u2"] * np.tanh(z2), 1.0)
+        )
+        return Nodes(weight, normal(3.0, p["w"] * z1 + p["b"] * np.tanh(z1), np.exp(p["s"])), log_q - log_p)
+
+    return Toy("ladder", p0, 3.0, program, nodes)
+
+
 def _discrete() -> Toy:
     """One Categorical site of three classes."""
     p0 = {"m0": 1.1, "m1": -0.9, "w0": -0.7, "w1": 0.2, "w2": 1.9, "s": -0.2, "q0": -0.2, "q1": 1.0}
@@ -465,4 +510,5 @@ def _mixed(discrete_first: bool) -> Toy:
 
 
 ONE_SITE, TOP_DOWN, BOTTOM_UP = _one_site(), _two_sites(bottom_up=False), _two_sites(bottom_up=True)
+LADDER = _ladder()
 DISCRETE, DISCRETE_FIRST, CONTINUOUS_FIRST = _discrete(), _mixed(discrete_first=True), _mixed(discrete_first=False)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
-from oracles import BOTTOM_UP, CONTINUOUS_FIRST, DISCRETE, DISCRETE_FIRST, ONE_SITE, TOP_DOWN, Toy
+from oracles import BOTTOM_UP, CONTINUOUS_FIRST, DISCRETE, DISCRETE_FIRST, LADDER, ONE_SITE, TOP_DOWN, Toy
 from scipy import stats
 
 from elbozoo.inference.errors import InvalidArgument, Refused
@@ -101,6 +101,7 @@ TABLES = [
     ),
     Table(TOP_DOWN, _GAUSSIAN, [Row(IWAE(2, STL()), oracles.iwae, 2)], {1: 30, 2: 16}),
     Table(BOTTOM_UP, [_GAUSSIAN[i] for i in (0, 1, 2, 4)], [Row(IWAE(2, STL()), oracles.iwae, 2)], {1: 30, 2: 16}),
+    Table(LADDER, _GAUSSIAN[:6], [], {1: 16, 2: 8}),
     Table(DISCRETE, _SCORED, [], {1: 1, 2: 1, 4: 1}),
     Table(DISCRETE_FIRST, _SCORED[1:4], [], {1: 40, 2: 24, 4: 10}),
     Table(CONTINUOUS_FIRST, _SCORED[1:], [], {1: 40, 2: 24, 4: 10}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,10 +12,10 @@ import oracles
 import pytest
 from oracles import library
 
-from elbozoo.inference.errors import Refused
+from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.gradients import STL, DReG
 from elbozoo.inference.objectives import ELBO, IWAE
-from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, Shape
+from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, LayerwiseAnnealedKL, Shape
 from elbozoo.inference.terms import Site, Terms
 
 # --- schedules --------------------------------------------------------------------------------------------------
@@ -67,7 +68,10 @@ def test_epochs_become_steps_in_every_wrapping() -> None:
     assert nested == Capacity(AnnealedKL(Beta(ELBO(), 2.0), warmup=150, unit=STEPS), warmup=100, unit=STEPS)
     assert LINEAR.in_steps(50) == LINEAR
     assert CYCLICAL.total == 20
-    assert nested.schedule(50) == {"capacity": 12.5}
+    assert nested.schedule(Terms(np.zeros((1, 1)), {}, step=50)) == {"capacity": 12.5}
+    layerwise = LayerwiseAnnealedKL(ELBO(), 3, 2, ("z1", "z2")).in_steps(50)
+    assert layerwise == LayerwiseAnnealedKL(ELBO(), 150, 100, ("z1", "z2"), STEPS)
+    assert layerwise.total == 250
     assert nested.uses_step
     assert not Beta(ELBO(), 2.0).uses_step
 
@@ -278,6 +282,17 @@ def test_shaped_rates_by_hand(arrays: str) -> None:
     assert log_weight(AnnealedKL(FreeBits(ELBO(), 0.6, per="site"), 10, unit=STEPS)) == pytest.approx(-7 - 0.5 * 2.1)
     assert log_weight(FreeBits(LINEAR, 0.6, per="site")) == pytest.approx(-7 - 0.5 * 2.1)
     assert log_weight(Capacity(ELBO(), 4.0, 3.0, 10, STEPS)) == pytest.approx(-7 - 3 * 0.3)  # C = 2 at step 5
+    layerwise = LayerwiseAnnealedKL(ELBO(), 10, 2, unit=STEPS)
+    assert log_weight(layerwise) == pytest.approx(-7 - 0.5 * 1.5 - 0.3 * 0.2)
+    assert log_weight(replace(layerwise, order=("b", "a"))) == pytest.approx(-7 - 0.3 * 1.5 - 0.5 * 0.2)
+    assert log_weight(replace(layerwise, delay=9)) == pytest.approx(-7 - 0.5 * 1.5)
+    assert log_weight(replace(layerwise, start=0.2)) == pytest.approx(-7 - 0.6 * 1.5 - 0.44 * 0.2)
+    assert log_weight(Beta(layerwise, 2.0)) == pytest.approx(-7 - 2 * (0.5 * 1.5 + 0.3 * 0.2))
+    assert log_weight(LayerwiseAnnealedKL(FreeBits(ELBO(), 0.6, per="site"), 10, 2, unit=STEPS)) == pytest.approx(
+        -7 - 0.5 * 1.5 - 0.3 * 0.6
+    )
+    scalars = {name: float(value) for name, value in layerwise.scalars(terms).items()}
+    assert scalars == pytest.approx({"shaped_bound": -7 - 0.5 * 1.5 - 0.3 * 0.2, "beta_a": 0.5, "beta_b": 0.3})
     only_a = Terms(array([[-7.0]]), {"a": a}, step=5)
     dims = FreeBits(ELBO(), 0.7).shape(only_a)
     assert float(dims.log_weight[0, 0]) == pytest.approx(-7 - 0.7 - 1.0)
@@ -289,6 +304,30 @@ def test_shaped_rates_by_hand(arrays: str) -> None:
     ):
         FreeBits(ELBO(), 0.6).check(terms)
     FreeBits(ELBO(), 0.6, per="site").check(terms)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup": 0}, "warmup must be finite and above 0; got 0"),
+        ({"delay": -1}, "delay must be finite and at least 0; got -1"),
+        ({"start": 2.0}, "start must lie in"),
+        ({"objective": IWAE(gradient=DReG())}, "gradient must allow gains that differ; got DReG"),
+    ],
+)
+def test_layerwise_bad_input(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        LayerwiseAnnealedKL(**settings)
+
+
+def test_layerwise_order() -> None:
+    """Names count by their numbers; an order that is not of the sites is refused."""
+    zero = np.zeros((1, 1))
+    terms = Terms(zero, {name: Site(zero, zero) for name in ("z10", "z9", "z2")}, step=4)
+    layerwise = LayerwiseAnnealedKL(ELBO(), 10, 1, unit=STEPS)
+    assert layerwise.betas(terms) == pytest.approx({"z2": 0.4, "z9": 0.3, "z10": 0.2})
+    with pytest.raises(InvalidArgument, match=r"order must name the sites \['z10', 'z2', 'z9'\]; got \('z2', 'z9'\)"):
+        replace(layerwise, order=("z2", "z9")).check(terms)
 
 
 def test_free_bits_a_dimension_refuse_a_full_covariance(engine: str) -> None:

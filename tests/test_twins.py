@@ -69,6 +69,7 @@ ROWS: list[Spec] = [
     *(VAE(16, 3, *parts) for parts in product(NETWORKS, LIKELIHOODS, GUIDES)),
     *(replace(SMALL, network=MLP(hidden=(5,), activation=name)) for name in ACTIVATIONS),
     replace(SMALL, network=MLP(hidden=())),
+    replace(SMALL, network=MLP(hidden=(5, 4), normalization="layer")),
     *(replace(LINEAR, learn_scale=learn, guide=guide) for learn, guide in product((False, True), ("diagonal", "full"))),
 ]
 

@@ -3,6 +3,8 @@
 if __name__ == "zoo":
     raise ImportError("zoo must be a part of elbozoo; got the bare name. Write `import elbozoo.zoo`.")
 
+from elbozoo.zoo.hierarchical_vae import HierarchicalVAE
+from elbozoo.zoo.ladder_vae import LadderVAE
 from elbozoo.zoo.likelihoods import (
     AutoregressiveBernoulli,
     Bernoulli,
@@ -25,6 +27,8 @@ __all__ = [
     "Conv",
     "DiscretizedLogistic",
     "Gaussian",
+    "HierarchicalVAE",
+    "LadderVAE",
     "Likelihood",
     "LinearVAE",
     "Network",

@@ -17,10 +17,13 @@ from typing import ClassVar
 from elbozoo.inference.errors import must
 from elbozoo.inference.parts import Part, one_of, whole_number, whole_numbers
 
-__all__ = ["ACTIVATIONS", "MLP", "Conv", "Network"]
+__all__ = ["ACTIVATIONS", "MLP", "NORMALIZATIONS", "Conv", "Network"]
 
 ACTIVATIONS = ("tanh", "relu", "leaky_relu", "elu", "gelu", "silu", "softplus")
 """Names both engines know, with one meaning: ``leaky_relu`` has slope 0.01, ``gelu`` is the exact one."""
+
+NORMALIZATIONS = ("none", "layer")
+"""No batch normalisation: under it a datum's bound depends on the others of its batch, so no bound is per datum."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +43,13 @@ class MLP(Network):
     Args:
         hidden: units of each hidden layer, next to the data first.
         activation: one of ``ACTIVATIONS``, after every hidden layer.
+        normalization: "layer" standardises every hidden layer over its units before the activation, then scales and
+            shifts it (weight 1 and bias 0 at first); "none" does not.
 
-    Parameters: ``layers.<i>.weight`` (out, in), ``layers.<i>.bias`` (out,).
+    Parameters: ``layers.<i>.weight`` (out, in), ``layers.<i>.bias`` (out,); ``norms.<i>.weight``, ``norms.<i>.bias``
+    (units,) under layer normalisation.
+
+    References: Ba, Kiros & Hinton 2016, Layer normalization, arXiv 1607.06450.
 
     Example:
         >>> MLP(hidden=[200, 200]).hidden
@@ -50,10 +58,12 @@ class MLP(Network):
 
     hidden: tuple[int, ...] = (200, 200)
     activation: str = "tanh"
+    normalization: str = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", whole_numbers("hidden", self.hidden))
         one_of("activation", self.activation, ACTIVATIONS)
+        one_of("normalization", self.normalization, NORMALIZATIONS)
 
 
 @dataclasses.dataclass(frozen=True)

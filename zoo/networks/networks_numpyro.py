@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from math import prod
@@ -68,22 +69,46 @@ def conv(num_inputs: int, num_outputs: int, stride: int = 1, *, rngs: nnx.Rngs) 
     )
 
 
+class LayerNorm(nnx.Module):
+    """As torch's, with its names; flax's own calls the weight ``scale``."""
+
+    def __init__(self, num_units: int):
+        self.weight = nnx.Param(jnp.ones(num_units))
+        self.bias = nnx.Param(jnp.zeros(num_units))
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.standardize(x, epsilon=1e-5) * self.weight + self.bias
+
+
 class MLPEncoder(nnx.Module):
     def __init__(self, spec: specs.MLP, num_inputs: int, num_outputs: int, rngs: nnx.Rngs):
         self.activation = ACTIVATIONS[spec.activation]
         sizes = (num_inputs, *spec.hidden, num_outputs)
         self.layers = nnx.List([linear(*pair, rngs=rngs) for pair in pairwise(sizes)])
+        self.norms = nnx.List([LayerNorm(units) for units in spec.hidden if spec.normalization == "layer"])
+
+    def features(self, x: Array) -> Array:
+        """The last hidden layer."""
+        for i, layer in enumerate(self.layers[:-1]):
+            x = layer(x)
+            x = self.activation(self.norms[i](x) if self.norms else x)
+        return x
 
     def __call__(self, x: Array) -> Array:
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = self.activation(layer(x))
-        return last(x)
+        return self.layers[-1](self.features(x))
+
+
+class MLPRung(MLPEncoder):
+    """One rung of a ladder: outputs and, for the next rung, the last hidden layer."""
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        features = self.features(x)
+        return self.layers[-1](features), features
 
 
 class MLPDecoder(MLPEncoder):
     def __init__(self, spec: specs.MLP, num_inputs: int, num_outputs: int, rngs: nnx.Rngs):
-        super().__init__(specs.MLP(spec.hidden[::-1], spec.activation), num_inputs, num_outputs, rngs)
+        super().__init__(replace(spec, hidden=spec.hidden[::-1]), num_inputs, num_outputs, rngs)
 
 
 class ConvEncoder(nnx.Module):

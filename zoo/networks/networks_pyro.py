@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from math import prod
@@ -48,17 +49,30 @@ class MLPEncoder(nn.Module):
         self.activation = ACTIVATIONS[spec.activation]
         sizes = (num_inputs, *spec.hidden, num_outputs)
         self.layers = nn.ModuleList([linear(*pair) for pair in pairwise(sizes)])
+        self.norms = nn.ModuleList([nn.LayerNorm(units) for units in spec.hidden if spec.normalization == "layer"])
+
+    def features(self, x: Tensor) -> Tensor:
+        """The last hidden layer."""
+        for i, layer in enumerate(self.layers[:-1]):
+            x = layer(x)
+            x = self.activation(self.norms[i](x) if self.norms else x)
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = self.activation(layer(x))
-        return last(x)
+        return self.layers[-1](self.features(x))
+
+
+class MLPRung(MLPEncoder):
+    """One rung of a ladder: outputs and, for the next rung, the last hidden layer."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        features = self.features(x)
+        return self.layers[-1](features), features
 
 
 class MLPDecoder(MLPEncoder):
     def __init__(self, spec: specs.MLP, num_inputs: int, num_outputs: int):
-        super().__init__(specs.MLP(spec.hidden[::-1], spec.activation), num_inputs, num_outputs)
+        super().__init__(replace(spec, hidden=spec.hidden[::-1]), num_inputs, num_outputs)
 
 
 class ConvEncoder(nn.Module):

@@ -1,0 +1,111 @@
+"""LadderVAE: its twins, and what is exact about a guide that merges evidence by precision."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from linear_hierarchy import Affine, Joint, LinearHierarchy, encoder_weights, extend, kl
+from test_hierarchical_vae import BOUNDS, bound_of, has_kl, log_weight, program
+
+from elbozoo.inference import ELBO, fit
+from elbozoo.zoo import Gaussian, LadderVAE
+
+TWINS = [
+    LadderVAE(data_dim=6, latent_dims=(4, 3, 2), hidden=(5, 4, 3)),
+    LadderVAE(6, (3, 2), (5, 4), depth=1, normalization="none", activation="tanh", likelihood=Gaussian()),
+    LadderVAE(6, (3, 2), (5, 4), activation="tanh", likelihood=Gaussian(scale=0.5)),
+    LadderVAE(6, (3,), (5,), depth=0),
+]
+
+# With one latent a layer, no precision is a matrix, and the ladder's family holds the exact posterior.
+EXACT = LinearHierarchy.random(data_dim=5, dims=(1, 1, 1), seed=1)
+SPEC = LadderVAE(5, (1, 1, 1), (1, 1, 1), depth=0, normalization="none", likelihood=Gaussian(scale=0.6))
+WIDE = LinearHierarchy.random(data_dim=5, dims=(3, 2, 2), seed=1)
+X = np.random.default_rng(2).normal(scale=2.0, size=(4, 5))
+
+
+def evidence(layer: int) -> Affine:
+    """What the data say of ``z_layer`` when they are all that is known below: ``p(x | z_layer)`` as a Gaussian in it."""
+    matrix, offset, covariance = EXACT.steps[0]
+    for step in EXACT.steps[1:layer]:
+        offset, covariance = matrix @ step.offset + offset, matrix @ step.covariance @ matrix.T + covariance
+        matrix = matrix @ step.matrix
+    information = matrix.T @ np.linalg.inv(covariance)
+    variance = np.linalg.inv(information @ matrix)
+    return Affine(variance @ information, -variance @ information @ offset, variance)
+
+
+@pytest.fixture(scope="module", params=["numpyro", "pyro"])
+def exact_program(request: pytest.FixtureRequest) -> Any:
+    top = evidence(3)  # not merged with the prior by the guide, so by us
+    variance = 1 / (1 / top.covariance + 1)
+    layers = [evidence(1), evidence(2), Affine(*(variance / top.covariance * part for part in top[:2]), variance)]
+    layers[2] = layers[2]._replace(offset=layers[2].offset.reshape(1))
+    return program(request.param, SPEC, EXACT.decoder_weights() | encoder_weights(layers, full=False))
+
+
+@pytest.mark.parametrize("bound", BOUNDS, ids=lambda b: repr(b).split(", gradient")[0])
+def test_every_bound_is_the_evidence_under_the_exact_guide(exact_program: Any, bound: Any) -> None:
+    found = exact_program.apply(partial(bound_of, bound), (X,), num_particles=bound.num_particles)
+    np.testing.assert_allclose(found, EXACT.log_evidence(X), atol=1e-10)
+
+
+def test_the_gap_of_any_linear_ladder_is_the_kl_of_two_joint_gaussians(engine: str) -> None:
+    rng = np.random.default_rng(5)
+    layers = [
+        Affine(0.2 * rng.normal(size=(dim, 5)), 0.1 * rng.normal(size=dim), np.diag(rng.uniform(0.2, 0.6, dim)))
+        for dim in WIDE.dims
+    ]
+    gap = []
+    for x in X:
+        q = None
+        for i in (2, 1, 0):
+            m, S = layers[i].matrix @ x + layers[i].offset, layers[i].covariance
+            if q is None:
+                q = Joint(m, S)
+                continue
+            step = WIDE.steps[i + 1]
+            variance = np.linalg.inv(np.linalg.inv(S) + np.linalg.inv(step.covariance))
+            share = variance @ np.linalg.inv(step.covariance)
+            offset = variance @ np.linalg.inv(S) @ m + share @ step.offset
+            q = extend(q, Affine(share @ step.matrix, offset, variance), slice(len(q.mean) - WIDE.dims[i + 1], None))
+        assert q is not None
+        gap.append(kl(q, WIDE.posterior(x)))
+    spec = LadderVAE(5, WIDE.dims, (1, 1, 1), depth=0, normalization="none", likelihood=Gaussian(scale=0.6))
+    found = program(engine, spec, WIDE.decoder_weights() | encoder_weights(layers, full=False))
+    for analytic in (False, True):
+        gaps = WIDE.log_evidence(X) - found.apply(log_weight, (X,), num_particles=4000, seed=2, analytic_kl=analytic)
+        error = gaps.std(axis=0, ddof=1) / len(gaps) ** 0.5
+        assert (abs(gaps.mean(axis=0) - gap) < 4 * error).all()
+        assert (4 * error < 0.1 * np.array(gap)).all(), "no power"
+
+
+def test_every_kl_has_its_closed_form_given_the_layers_above(exact_program: Any) -> None:
+    found = exact_program.apply(has_kl, (X,), analytic_kl=True)
+    assert {name: bool(v) for name, v in found.items()} == {"z1": True, "z2": True, "z3": True}
+
+
+def test_the_generative_path_is_shared(engine: str) -> None:
+    """One set of decoders, which training moves in both roles."""
+    x = (np.random.default_rng(0).random((64, 6)) < 0.5) * 1.0
+    spec = LadderVAE(6, (4, 3, 2), (8, 6, 4), depth=1)
+    run = fit(getattr(spec, engine)(), x, objective=ELBO(), epochs=2, batch_size=32, progress=False)
+    assert {name.split(".")[0] for name in run.weights} == {"decoders", "encoders"}
+    other = getattr(spec, "pyro" if engine == "numpyro" else "numpyro")().with_weights(run.weights)
+    z = {f"z{i + 1}": np.random.default_rng(i).normal(size=(2, 4, dim)) for i, dim in enumerate(spec.latent_dims)}
+    mine, theirs = (p.apply(log_weight, (x[:4],), values=z) for p in (run.program, other))
+    np.testing.assert_allclose(theirs, mine, 1e-10)
+
+
+def test_replicates(engine: str) -> None:
+    x = (np.random.default_rng(0).random((64, 6)) < 0.5) * 1.0
+    settings: dict[str, Any] = {"epochs": 1, "batch_size": 32, "progress": False}
+    spec = LadderVAE(6, (4, 3), (8, 6), depth=1)
+    runs = fit(getattr(spec, engine)(), x, **settings, replicates=2)
+    alone = fit(getattr(spec, engine)(), x, **settings, seed=1)
+    for name, array in alone.weights.items():
+        np.testing.assert_allclose(runs[1].weights[name], array, 1e-9, 1e-12)
+        assert not np.array_equal(runs[0].weights[name], array) or name.endswith("bias")

@@ -1,0 +1,116 @@
+"""The hierarchical variational autoencoder: several layers of Gaussian latents, and a guide that climbs them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from elbozoo.guides import DiagonalGaussian, Family
+from elbozoo.inference.errors import must
+from elbozoo.inference.parts import instance_of, one_of, whole_number, whole_numbers
+from elbozoo.zoo.likelihoods import Bernoulli, Likelihood
+from elbozoo.zoo.networks import ACTIVATIONS, MLP, NORMALIZATIONS
+from elbozoo.zoo.spec import Spec, check_shape
+
+__all__ = ["HierarchicalVAE", "Hierarchy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hierarchy(Spec):
+    """The generative model that :class:`HierarchicalVAE` and :class:`~elbozoo.zoo.LadderVAE` share.
+
+    ``z_L ~ N(0, I)``, ``z_l | z_{l+1} ~ N(loc_l(z_{l+1}), diag(scale_l(z_{l+1})^2))``, ``x | z_1 ~ likelihood(z_1)``.
+    """
+
+    data_dim: int = 784
+    latent_dims: tuple[int, ...] = (100, 50)
+    hidden: tuple[int, ...] = (200, 100)
+    depth: int = 2
+    activation: str = "tanh"
+    normalization: str = "none"
+    likelihood: Likelihood = dataclasses.field(default_factory=Bernoulli)
+
+    def __post_init__(self) -> None:
+        whole_number("data_dim", self.data_dim)
+        for name in ("latent_dims", "hidden"):
+            object.__setattr__(self, name, whole_numbers(name, getattr(self, name)))
+        if not self.latent_dims:
+            raise must("latent_dims", "have at least one layer", self.latent_dims, "Pass latent_dims=(100, 50), say")
+        if len(self.hidden) != len(self.latent_dims):
+            condition = f"have one entry for each of the {len(self.latent_dims)} layers of latent_dims"
+            raise must("hidden", condition, self.hidden, "Add or remove entries, next to the data first")
+        whole_number("depth", self.depth, least=0)
+        one_of("activation", self.activation, ACTIVATIONS)
+        one_of("normalization", self.normalization, NORMALIZATIONS)
+        instance_of("likelihood", self.likelihood, Likelihood)
+        self.likelihood.check_data_dim(self.data_dim)
+
+    @property
+    def networks(self) -> tuple[MLP, ...]:
+        """The architecture between each latent layer and what is below it, next to the data first."""
+        return tuple(MLP((units,) * self.depth, self.activation, self.normalization) for units in self.hidden)
+
+    @property
+    def decoder_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Inputs and outputs of each decoder, next to the data first; all but the first give loc and log scale."""
+        outputs = (self.likelihood.num_outputs * self.data_dim, *(2 * dim for dim in self.latent_dims[:-1]))
+        return tuple(zip(self.latent_dims, outputs, strict=True))
+
+    def check(self, x: Any) -> None:
+        self.likelihood.check(check_shape(x, self.data_dim))
+
+
+@dataclasses.dataclass(frozen=True)
+class HierarchicalVAE(Hierarchy):
+    """A variational autoencoder with L layers of latents and a bottom-up guide.
+
+    ``z_L ~ N(0, I)``, ``z_l | z_{l+1} ~ N(loc_l(z_{l+1}), diag(scale_l(z_{l+1})^2))``, ``x | z_1 ~
+    likelihood(decoder(z_1))``; the guide climbs from the data:
+    ``q(z | x) = q(z_1 | x) q(z_2 | z_1) ... q(z_L | z_{L-1})``, each factor of ``guide``'s family.
+
+    Sites: latents ``z1`` (next to the data) to ``zL`` with event shapes (latent_dims[l-1],), observed ``x`` with event
+    shape (data_dim,), plate ``data`` at dim -1. The model draws ``zL`` first, the guide ``z1``; so no KL has a closed
+    form but the top one's where L = 1, and rates are sampled.
+
+    Parameters: ``decoders.<l>.*`` and ``encoders.<l>.*``, 0 next to the data (see :class:`~elbozoo.zoo.MLP`);
+    ``posteriors.<l>.*`` and ``likelihood.*`` where guide and likelihood have any.
+
+    Shapes: x (B, data_dim), z_l (B, latent_dims[l-1]), or with (K, B) in front under an outer plate of particles.
+
+    Args:
+        data_dim: entries of one datum, flat.
+        latent_dims: entries of each latent vector, next to the data first; L is how many there are.
+        hidden: units of the hidden layers below each latent, next to the data first.
+        depth: hidden layers in each of these networks.
+        activation: one of ``ACTIVATIONS``, after every hidden layer.
+        normalization: "layer" or "none", of every hidden layer.
+        likelihood: family of x given z_1.
+        guide: family of each z_l given what is below it.
+
+    Raises:
+        InvalidArgument: no layer, or ``hidden`` of another length than ``latent_dims``.
+
+    Limits: L = 1 is :class:`~elbozoo.zoo.VAE` with its latent called ``z1``. The defaults are Burda et al.'s two-layer
+    model. Under the ELBO the upper layers of this guide tend to collapse (``z_l`` then falls back on its prior):
+    compare :class:`~elbozoo.zoo.LadderVAE`, and see ``docs/benchmarks.md``.
+
+    References: Rezende, Mohamed & Wierstra 2014, arXiv 1401.4082, section 3; Burda, Grosse & Salakhutdinov 2015,
+        arXiv 1509.00519, section 5; why upper layers die: Sønderby et al. 2016, arXiv 1602.02282, section 3.1.
+
+    Example:
+        >>> spec = HierarchicalVAE(data_dim=64, latent_dims=(8, 4), hidden=(32, 16))
+        >>> spec.decoder_sizes
+        ((8, 64), (4, 16))
+    """
+
+    guide: Family = dataclasses.field(default_factory=DiagonalGaussian)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        instance_of("guide", self.guide, Family)
+
+    @property
+    def encoder_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Inputs and outputs of each encoder, next to the data first."""
+        outputs = (self.guide.num_outputs(dim) for dim in self.latent_dims)
+        return tuple(zip((self.data_dim, *self.latent_dims), outputs, strict=False))
