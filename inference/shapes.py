@@ -281,7 +281,7 @@ class LayerwiseAnnealedKL(Shape):
         return {f"beta_{name}": beta for name, beta in self.betas(terms).items()}
 
     def in_steps(self, steps_per_epoch: int) -> Shape:
-        out = super().in_steps(steps_per_epoch)
+        out: Any = super().in_steps(steps_per_epoch)
         return replace(out, delay=self.delay * steps_per_epoch) if self.unit == "epochs" else out
 
 
