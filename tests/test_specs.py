@@ -63,6 +63,7 @@ def test_config_is_plain() -> None:
         "network": {"class": "MLP", "hidden": [4], "activation": "tanh"},
         "likelihood": {"class": "Bernoulli"},
         "guide": {"class": "DiagonalGaussian"},
+        "prior": {"class": "StandardNormal"},
     }
 
 

@@ -13,6 +13,7 @@ from elbozoo.zoo.likelihoods import (
 )
 from elbozoo.zoo.linear_vae import LinearVAE
 from elbozoo.zoo.networks import MLP, Conv, Network
+from elbozoo.zoo.priors import MixturePrior, Prior, StandardNormal, VampPrior
 from elbozoo.zoo.spec import Spec
 from elbozoo.zoo.vae import VAE
 
@@ -27,6 +28,10 @@ __all__ = [
     "Gaussian",
     "Likelihood",
     "LinearVAE",
+    "MixturePrior",
     "Network",
+    "Prior",
     "Spec",
+    "StandardNormal",
+    "VampPrior",
 ]
