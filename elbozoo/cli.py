@@ -51,7 +51,7 @@ from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.evaluation import Evaluation, PerDatum, evaluate
 from elbozoo.inference.parts import one_of, whole_number
 from elbozoo.inference.training import CHECKPOINT, WEIGHTS
-from elbozoo.zoo import MLP, VAE, Bernoulli, Likelihood, Network, Spec
+from elbozoo.zoo import MLP, VAE, Bernoulli, Likelihood, Network, Prior, Spec
 
 out = Console(highlight=False)
 
@@ -518,13 +518,13 @@ def save_netcdf(run: Run, data: np.ndarray, num_draws: int, path: Path) -> None:
 
 # --- list, demo ---------------------------------------------------------------------------------------------------
 
-KINDS = {"models": Spec, "networks": Network, "likelihoods": Likelihood, "guides": Family}
+KINDS = {"models": Spec, "networks": Network, "likelihoods": Likelihood, "guides": Family, "priors": Prior}
 KINDS |= {f"{option}s": kind for option, kind in options.OBJECTIVE.items()} | {"starts": Start}
 
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """Name the models, networks, likelihoods, guides, objectives, gradients, shapes and starts, with a line each."""
+    """Name the models and their parts, objectives, gradients, shapes and starts, with a line each."""
 
     def __call__(self, command: str) -> None:
         table = Table(box=None, pad_edge=False, show_header=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -373,9 +373,10 @@ def particles(
         with poutine.block(), _rng_of(run), _kept_buffers(guide_modules), given:
             return poutine.trace(guide).get_trace(*args, **kwargs)
 
-    def build(guide_traces: list[Any], kl: bool) -> Terms:
+    def build(guide_traces: list[Any], kl: bool, densities: Sequence[Mapping[str, Any]]) -> Terms:
         parts = [
-            _site_arrays(g, r.model_trace, layout, particle_dim, kl) for g, r in zip(guide_traces, runs, strict=True)
+            _site_arrays(guide, run.model_trace, layout, particle_dim, kl, known)
+            for guide, run, known in zip(guide_traces, runs, densities, strict=True)
         ]
         return _terms(parts, runs, layout, step)
 
@@ -393,7 +394,10 @@ def particles(
         with ExitStack() as stack:
             for run in runs:
                 stack.enter_context(_frozen_parameters(run.guide_trace, guide_modules))
-            return build([rerun_guide(r, r.aliases) for r in runs], False)
+            traces = [rerun_guide(r, r.aliases) for r in runs]
+            # here, for a flow reads its parameters now; the model's densities outside, for it may share them
+            densities = [{n: _log_prob(s, layout, particle_dim) for n, s in _samples(t).items()} for t in traces]
+        return build(traces, False, densities)
 
     def redraw(as_drawn: bool) -> dict[str, torch.Tensor]:
         out: dict[str, list[torch.Tensor]] = {}
@@ -406,7 +410,8 @@ def particles(
                 out.setdefault(name, []).append(density)
         return {n: torch.cat(v) for n, v in out.items()}
 
-    return replace(build([r.guide_trace for r in runs], analytic_kl), refreeze=refreeze, redraw=redraw)
+    terms = build([r.guide_trace for r in runs], analytic_kl, [{} for _ in runs])
+    return replace(terms, refreeze=refreeze, redraw=redraw)
 
 
 def _hook(run: _Run, ratio: torch.Tensor, layout: _Layout, particle_dim: int | None) -> None:
@@ -424,21 +429,35 @@ def _hook(run: _Run, ratio: torch.Tensor, layout: _Layout, particle_dim: int | N
 
 
 def _site_arrays(
-    guide_trace: Any, model_trace: Any, layout: _Layout, particle_dim: int | None, analytic_kl: bool
+    guide_trace: Any,
+    model_trace: Any,
+    layout: _Layout,
+    particle_dim: int | None,
+    analytic_kl: bool,
+    densities: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
+    """One run's arrays: observed log densities and per-site terms; ``densities`` are the guide's, where known."""
+    known = densities or {}
     observed = {
         n: _log_prob(s, layout, particle_dim)[0].sum(dim=-1)
         for n, s in _samples(model_trace).items()
         if s["is_observed"]
     }
     sites = {
-        name: _site(name, guide_trace, model_trace, layout, particle_dim, analytic_kl) for name in _samples(guide_trace)
+        name: _site(name, guide_trace, model_trace, layout, particle_dim, analytic_kl, known.get(name))
+        for name in _samples(guide_trace)
     }
     return {"observed": observed, "sites": sites}
 
 
 def _site(
-    name: str, guide_trace: Any, model_trace: Any, layout: _Layout, particle_dim: int | None, analytic_kl: bool
+    name: str,
+    guide_trace: Any,
+    model_trace: Any,
+    layout: _Layout,
+    particle_dim: int | None,
+    analytic_kl: bool,
+    density: tuple[torch.Tensor, bool] | None,
 ) -> dict[str, Any]:
     """The arrays of one :class:`Site`, by attribute."""
     site, prior = guide_trace.nodes[name], model_trace.nodes.get(name)
@@ -447,7 +466,7 @@ def _site(
         kl = _analytic_kl(site, prior, layout, particle_dim)
         if kl and site["fn"].has_rsample:
             return kl
-    guide_terms, guide_factors = _log_prob(site, layout, particle_dim)
+    guide_terms, guide_factors = density or _log_prob(site, layout, particle_dim)
     log_guide = guide_terms.sum(dim=-1)
     if prior is None:  # an auxiliary variable of the guide
         return {"log_guide": log_guide, "log_prior": torch.zeros_like(log_guide)}

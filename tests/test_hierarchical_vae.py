@@ -12,13 +12,13 @@ from linear_hierarchy import Affine, Joint, LinearHierarchy, encoder_weights, ex
 from elbozoo.guides import FullCovarianceGaussian
 from elbozoo.inference import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Renyi, evaluate, fit
 from elbozoo.inference.errors import InvalidArgument
-from elbozoo.zoo import MLP, VAE, Gaussian, HierarchicalVAE
+from elbozoo.zoo import MLP, VAE, Gaussian, HierarchicalVAE, MixturePrior, VampPrior
 
 TWINS = [
     HierarchicalVAE(data_dim=6, latent_dims=(4, 3, 2), hidden=(5, 4, 3)),
     HierarchicalVAE(6, (3, 2), (5, 4), depth=1, normalization="layer", guide=FullCovarianceGaussian()),
     HierarchicalVAE(6, (3, 2), (5, 4), depth=1, activation="silu", likelihood=Gaussian(scale=0.5)),
-    HierarchicalVAE(6, (3,), (5,), depth=0),
+    HierarchicalVAE(6, (3,), (5,), depth=0, prior=MixturePrior(3)),
 ]
 
 EXACT = LinearHierarchy.random(data_dim=5, dims=(3, 2, 2), seed=1)
@@ -158,6 +158,7 @@ def test_it_trains(engine: str, objective: Any) -> None:
         ({"normalization": "batch"}, "normalization must be one of .*; got 'batch'"),
         ({"activation": "tan"}, "activation must be one of .*; got 'tan'"),
         ({"guide": FullCovarianceGaussian}, "guide must be a Family; got"),
+        ({"prior": VampPrior()}, r"prior must be one that is not made of q\(z_L \| x\).*Use LadderVAE"),
     ],
 )
 def test_bad_input(settings: dict[str, Any], message: str) -> None:

@@ -11,13 +11,14 @@ from linear_hierarchy import Affine, Joint, LinearHierarchy, encoder_weights, ex
 from test_hierarchical_vae import BOUNDS, bound_of, has_kl, log_weight, program
 
 from elbozoo.inference import ELBO, fit
-from elbozoo.zoo import Gaussian, LadderVAE
+from elbozoo.zoo import Gaussian, LadderVAE, VampPrior
 
 TWINS = [
     LadderVAE(data_dim=6, latent_dims=(4, 3, 2), hidden=(5, 4, 3)),
     LadderVAE(6, (3, 2), (5, 4), depth=1, normalization="none", activation="tanh", likelihood=Gaussian()),
     LadderVAE(6, (3, 2), (5, 4), activation="tanh", likelihood=Gaussian(scale=0.5)),
     LadderVAE(6, (3,), (5,), depth=0),
+    LadderVAE(6, (3, 2), (5, 4), depth=1, prior=VampPrior(4)),
 ]
 
 # With one latent a layer, no precision is a matrix, and the ladder's family holds the exact posterior.

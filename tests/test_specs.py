@@ -60,9 +60,10 @@ def test_config_is_plain() -> None:
         "class": "VAE",
         "data_dim": 3,
         "latent_dim": 50,
-        "network": {"class": "MLP", "hidden": [4], "activation": "tanh"},
+        "network": {"class": "MLP", "hidden": [4], "activation": "tanh", "normalization": "none"},
         "likelihood": {"class": "Bernoulli"},
         "guide": {"class": "DiagonalGaussian"},
+        "prior": {"class": "StandardNormal"},
     }
 
 

@@ -34,8 +34,12 @@ from elbozoo.zoo import (
     Gaussian,
     Likelihood,
     LinearVAE,
+    MixturePrior,
     Network,
+    Prior,
     Spec,
+    StandardNormal,
+    VampPrior,
 )
 from elbozoo.zoo.networks import ACTIVATIONS
 
@@ -61,6 +65,7 @@ LIKELIHOODS = (
     Gaussian(scale="pixel"),
     DiscretizedLogistic(levels=8),
 )
+PRIORS = (StandardNormal(), MixturePrior(num_components=3), VampPrior(num_components=4))
 NETWORKS = (MLP(hidden=(5, 4)), Conv(image_shape=(2, 4, 2), channels=(3,), hidden=6, activation="tanh"))
 SMALL = VAE(data_dim=16, latent_dim=3, network=MLP(hidden=(5,)))
 LINEAR = LinearVAE(data_dim=5, latent_dim=3, scale=0.6)
@@ -70,6 +75,8 @@ ROWS: list[Spec] = [
     *(replace(SMALL, network=MLP(hidden=(5,), activation=name)) for name in ACTIVATIONS),
     replace(SMALL, network=MLP(hidden=())),
     replace(SMALL, network=MLP(hidden=(5, 4), normalization="layer")),
+    *(replace(SMALL, prior=prior, guide=guide) for prior, guide in product(PRIORS[1:], GUIDES)),
+    replace(SMALL, prior=VampPrior(num_components=4), likelihood=Gaussian(), network=NETWORKS[1]),
     *(replace(LINEAR, learn_scale=learn, guide=guide) for learn, guide in product((False, True), ("diagonal", "full"))),
 ]
 
@@ -189,14 +196,18 @@ def test_twins(spec: Spec) -> None:
         np.testing.assert_allclose(twin_grads[name], grad, TOLERANCE, TOLERANCE, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", [Spec, Likelihood, Network, Family], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Spec, Likelihood, Network, Prior, Family], ids=lambda kind: kind.__name__)
 def test_no_export_without_a_twin(kind: type[Part]) -> None:
     rows = collect()
     tested = {type(spec) for spec in rows} | {type(part) for spec in rows for part in vars(spec).values()}
     assert exported(kind) <= tested, "add specs to TWINS in tests/test_<folder>.py"
 
 
-@pytest.mark.parametrize("spec", [VAE(16, 3, network) for network in NETWORKS] + [LINEAR], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [*(VAE(16, 3, network) for network in NETWORKS), *(replace(SMALL, prior=p) for p in PRIORS[1:]), LINEAR],
+    ids=str,
+)
 def test_weights_convert_both_ways(spec: Spec) -> None:
     weights = random_weights(spec)
     program = spec.numpyro()

@@ -15,6 +15,7 @@ from elbozoo.zoo.likelihoods import (
 )
 from elbozoo.zoo.linear_vae import LinearVAE
 from elbozoo.zoo.networks import MLP, Conv, Network
+from elbozoo.zoo.priors import MixturePrior, Prior, StandardNormal, VampPrior
 from elbozoo.zoo.spec import Spec
 from elbozoo.zoo.vae import VAE
 
@@ -31,6 +32,10 @@ __all__ = [
     "LadderVAE",
     "Likelihood",
     "LinearVAE",
+    "MixturePrior",
     "Network",
+    "Prior",
     "Spec",
+    "StandardNormal",
+    "VampPrior",
 ]

@@ -10,6 +10,7 @@ from elbozoo.inference.errors import must
 from elbozoo.inference.parts import instance_of, one_of, whole_number, whole_numbers
 from elbozoo.zoo.likelihoods import Bernoulli, Likelihood
 from elbozoo.zoo.networks import ACTIVATIONS, MLP, NORMALIZATIONS
+from elbozoo.zoo.priors import Prior, StandardNormal
 from elbozoo.zoo.spec import Spec, check_shape
 
 __all__ = ["HierarchicalVAE", "Hierarchy"]
@@ -19,7 +20,7 @@ __all__ = ["HierarchicalVAE", "Hierarchy"]
 class Hierarchy(Spec):
     """The generative model that :class:`HierarchicalVAE` and :class:`~elbozoo.zoo.LadderVAE` share.
 
-    ``z_L ~ N(0, I)``, ``z_l | z_{l+1} ~ N(loc_l(z_{l+1}), diag(scale_l(z_{l+1})^2))``, ``x | z_1 ~ likelihood(z_1)``.
+    ``z_L ~ prior``, ``z_l | z_{l+1} ~ N(loc_l(z_{l+1}), diag(scale_l(z_{l+1})^2))``, ``x | z_1 ~ likelihood(z_1)``.
     """
 
     data_dim: int = 784
@@ -29,6 +30,7 @@ class Hierarchy(Spec):
     activation: str = "tanh"
     normalization: str = "none"
     likelihood: Likelihood = dataclasses.field(default_factory=Bernoulli)
+    prior: Prior = dataclasses.field(default_factory=StandardNormal)
 
     def __post_init__(self) -> None:
         whole_number("data_dim", self.data_dim)
@@ -44,6 +46,12 @@ class Hierarchy(Spec):
         one_of("normalization", self.normalization, NORMALIZATIONS)
         instance_of("likelihood", self.likelihood, Likelihood)
         self.likelihood.check_data_dim(self.data_dim)
+        instance_of("prior", self.prior, Prior)
+
+    @property
+    def prior_sizes(self) -> tuple[int, int, bool]:
+        """What the prior's form is made from beside its spec: it is the top latent's."""
+        return self.latent_dims[-1], self.data_dim, self.likelihood.unit_interval
 
     @property
     def networks(self) -> tuple[MLP, ...]:
@@ -64,7 +72,7 @@ class Hierarchy(Spec):
 class HierarchicalVAE(Hierarchy):
     """A variational autoencoder with L layers of latents and a bottom-up guide.
 
-    ``z_L ~ N(0, I)``, ``z_l | z_{l+1} ~ N(loc_l(z_{l+1}), diag(scale_l(z_{l+1})^2))``, ``x | z_1 ~
+    ``z_L ~ prior``, ``z_l | z_{l+1} ~ N(loc_l(z_{l+1}), diag(scale_l(z_{l+1})^2))``, ``x | z_1 ~
     likelihood(decoder(z_1))``; the guide climbs from the data:
     ``q(z | x) = q(z_1 | x) q(z_2 | z_1) ... q(z_L | z_{L-1})``, each factor of ``guide``'s family.
 
@@ -73,7 +81,7 @@ class HierarchicalVAE(Hierarchy):
     form but the top one's where L = 1, and rates are sampled.
 
     Parameters: ``decoders.<l>.*`` and ``encoders.<l>.*``, 0 next to the data (see :class:`~elbozoo.zoo.MLP`);
-    ``posteriors.<l>.*`` and ``likelihood.*`` where guide and likelihood have any.
+    ``posteriors.<l>.*``, ``likelihood.*`` and ``prior.*`` where guide, likelihood and prior have any.
 
     Shapes: x (B, data_dim), z_l (B, latent_dims[l-1]), or with (K, B) in front under an outer plate of particles.
 
@@ -85,10 +93,11 @@ class HierarchicalVAE(Hierarchy):
         activation: one of ``ACTIVATIONS``, after every hidden layer.
         normalization: "layer" or "none", of every hidden layer.
         likelihood: family of x given z_1.
+        prior: family of z_L; not one that is made of q(z_L | x), which this guide does not have.
         guide: family of each z_l given what is below it.
 
     Raises:
-        InvalidArgument: no layer, or ``hidden`` of another length than ``latent_dims``.
+        InvalidArgument: no layer, ``hidden`` of another length than ``latent_dims``, or a ``VampPrior``.
 
     Limits: L = 1 is :class:`~elbozoo.zoo.VAE` with its latent called ``z1``. The defaults are Burda et al.'s two-layer
     model. Under the ELBO the upper layers of this guide tend to collapse (``z_l`` then falls back on its prior):
@@ -108,6 +117,10 @@ class HierarchicalVAE(Hierarchy):
     def __post_init__(self) -> None:
         super().__post_init__()
         instance_of("guide", self.guide, Family)
+        if self.prior.needs_encoder:
+            condition = "be one that is not made of q(z_L | x): this guide reaches the top through the layers below"
+            todo = "Use LadderVAE, whose guide has it, or MixturePrior()"
+            raise must("prior", condition, type(self.prior).__name__, todo)
 
     @property
     def encoder_sizes(self) -> tuple[tuple[int, int], ...]:

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from elbozoo.zoo.hierarchical_vae import HierarchicalVAE, Hierarchy
 from elbozoo.zoo.networks.networks_numpyro import network
+from elbozoo.zoo.priors.priors_numpyro import prior
 from elbozoo.zoo.spec import plate_sizes
 
 
@@ -29,6 +30,10 @@ class Model:
         build = partial(architecture.form("numpyro", "Decoder"), architecture, *self.spec.decoder_sizes[layer])
         return network(f"{self.prefix}decoders.{layer}", build)(z)
 
+    def prior_distribution(self) -> dist.Distribution:
+        """p(z_L), with batch shape () and event shape (latent_dims[-1],)."""
+        return prior(self.prefix + "prior", self.spec.prior, *self.spec.prior_sizes)()
+
     def decode(self, z: ArrayLike) -> dist.Distribution:
         """p(x | z_1) for z_1 of shape (..., latent_dims[0]); its mean is the reconstruction."""
         likelihood = network(self.prefix + "likelihood", partial(self.Likelihood, self.spec.likelihood))
@@ -43,9 +48,8 @@ class Model:
         """Sample every z and x, or score x; without x draw ``size`` data. Returns x of shape (B, data_dim)."""
         num_data, batch = plate_sizes(x, size, self.spec.data_dim)
         top = len(self.spec.latent_dims)
-        loc = jnp.zeros(self.spec.latent_dims[-1])
         with numpyro.plate("data", num_data, subsample_size=batch, dim=-1):
-            z = numpyro.sample(f"z{top}", dist.Normal(loc, 1.0).to_event(1))
+            z = numpyro.sample(f"z{top}", self.prior_distribution())
             for layer in range(top - 1, 0, -1):
                 loc, log_scale = self.conditional(layer, z)
                 z = numpyro.sample(f"z{layer}", dist.Normal(loc, jnp.exp(log_scale)).to_event(1))

@@ -19,8 +19,13 @@ class Model(PyroModule):
         super().__init__(name)
         self.spec = spec
         self.likelihood = spec.likelihood.form("pyro")(spec.likelihood)
+        self.prior = spec.prior.form("pyro")(spec.prior, *spec.prior_sizes)
         layers = zip(spec.networks, spec.decoder_sizes, strict=True)
         self.decoders = nn.ModuleList([network.form("pyro", "Decoder")(network, *sizes) for network, sizes in layers])
+
+    def prior_distribution(self) -> dist.TorchDistribution:
+        """p(z_L), with batch shape () and event shape (latent_dims[-1],)."""
+        return self.prior()
 
     def decode(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z_1) for z_1 of shape (..., latent_dims[0]); its mean is the reconstruction."""
@@ -35,9 +40,8 @@ class Model(PyroModule):
         """Sample every z and x, or score x; without x draw ``size`` data. Returns x of shape (B, data_dim)."""
         num_data, batch = plate_sizes(x, size, self.spec.data_dim)
         top = len(self.spec.latent_dims)
-        loc = next(self.parameters()).new_zeros(self.spec.latent_dims[-1])
         with pyro.plate("data", num_data, subsample=torch.arange(batch), dim=-1):
-            z = pyro.sample(f"z{top}", dist.Normal(loc, 1.0).to_event(1))
+            z = pyro.sample(f"z{top}", self.prior_distribution())
             for layer in range(top - 1, 0, -1):
                 loc, log_scale = self.conditional(layer, z)
                 z = pyro.sample(f"z{layer}", dist.Normal(loc, log_scale.exp()).to_event(1))

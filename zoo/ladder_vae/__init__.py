@@ -26,7 +26,8 @@ class LadderVAE(Hierarchy):
     given the layers above.
 
     Parameters: ``decoders.<l>.*`` (in model and guide) and ``encoders.<l>.*``, 0 next to the data (see
-    :class:`~elbozoo.zoo.MLP`); ``likelihood.*`` where it has any.
+    :class:`~elbozoo.zoo.MLP`); ``likelihood.*`` and ``prior.*`` where they have any. Under a ``VampPrior`` the encoders
+    are the model's too.
 
     Shapes: x (B, data_dim), z_l (B, latent_dims[l-1]), or with (K, B) in front under an outer plate of particles.
 
@@ -38,6 +39,7 @@ class LadderVAE(Hierarchy):
         activation: one of ``ACTIVATIONS``, after every hidden layer.
         normalization: "layer" (the default) or "none", of every hidden layer.
         likelihood: family of x given z_1.
+        prior: family of z_L.
 
     Raises:
         InvalidArgument: no layer, or ``hidden`` of another length than ``latent_dims``.

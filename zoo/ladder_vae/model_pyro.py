@@ -8,11 +8,27 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from elbozoo.zoo.hierarchical_vae.model_pyro import Model
+from elbozoo.zoo.hierarchical_vae import model_pyro as hierarchical
 from elbozoo.zoo.ladder_vae import LadderVAE
 from elbozoo.zoo.spec import plate_sizes
 
-__all__ = ["Guide", "Model"]
+
+class Model(hierarchical.Model):
+    """p(z_L) p(z_{L-1} | z_L) ... p(x | z_1)."""
+
+    def __init__(self, spec: LadderVAE, name: str = ""):
+        super().__init__(spec, name)
+        if spec.prior.needs_encoder:
+            self.encoders = rungs(spec)
+
+    def encode(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z_L | x): the guide's, for a prior that is made of it."""
+        loc, log_scale = climb(self.encoders, x)[-1]
+        return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+    def prior_distribution(self) -> dist.TorchDistribution:
+        """p(z_L), with batch shape () and event shape (latent_dims[-1],)."""
+        return self.prior(self.encode)
 
 
 class Guide(PyroModule):
@@ -21,25 +37,15 @@ class Guide(PyroModule):
     def __init__(self, spec: LadderVAE, model: Model, name: str = ""):
         super().__init__(name)
         self.spec = spec
-        self.decoders = model.decoders
-        rungs = zip(spec.networks, spec.encoder_sizes, strict=True)
-        self.encoders = nn.ModuleList([network.form("pyro", "Rung")(network, *sizes) for network, sizes in rungs])
+        self.decoders = model.decoders  # the model's own, under the same name; so are the encoders of some priors
+        self.encoders = model.encoders if spec.prior.needs_encoder else rungs(spec)
 
     conditional = Model.conditional
-
-    def climb(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Location and log scale of the evidence on every rung, next to the data first."""
-        features, evidence = x, []
-        for encoder in self.encoders:
-            outputs, features = encoder(features)
-            loc, log_scale = outputs.chunk(2, -1)
-            evidence.append((loc, log_scale))
-        return evidence
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """Sample every z given x. Returns z_1 of shape (B, latent_dims[0])."""
         num_data, batch = plate_sizes(x, size, self.spec.data_dim)
-        *evidence, (loc, log_scale) = self.climb(x)
+        *evidence, (loc, log_scale) = climb(self.encoders, x)
         with pyro.plate("data", num_data, subsample=torch.arange(batch), dim=-1):
             top = len(self.spec.latent_dims)
             z = pyro.sample(f"z{top}", dist.Normal(loc, log_scale.exp()).to_event(1))
@@ -47,6 +53,22 @@ class Guide(PyroModule):
                 q = merge(evidence[layer - 1], self.conditional(layer, z))
                 z = pyro.sample(f"z{layer}", q)
         return z
+
+
+def rungs(spec: LadderVAE) -> nn.ModuleList:
+    """The encoders, next to the data first."""
+    layers = zip(spec.networks, spec.encoder_sizes, strict=True)
+    return nn.ModuleList([network.form("pyro", "Rung")(network, *sizes) for network, sizes in layers])
+
+
+def climb(encoders: nn.ModuleList, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Location and log scale of the evidence on every rung, next to the data first."""
+    features, evidence = x, []
+    for encoder in encoders:
+        outputs, features = encoder(features)
+        loc, log_scale = outputs.chunk(2, -1)
+        evidence.append((loc, log_scale))
+    return evidence
 
 
 def merge(evidence: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor]) -> dist.TorchDistribution:

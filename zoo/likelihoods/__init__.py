@@ -34,6 +34,8 @@ class Likelihood(Part):
     """A family for p(x | z)."""
 
     stem: ClassVar[str] = "likelihoods"
+    unit_interval: ClassVar[bool] = False
+    """Whether all data that it can explain lie in [0, 1]."""
 
     @property
     def num_outputs(self) -> int:
@@ -60,6 +62,8 @@ class Bernoulli(Likelihood):
         >>> Bernoulli().num_outputs
         1
     """
+
+    unit_interval: ClassVar[bool] = True
 
     def check(self, x: Any) -> None:
         array = np.asarray(x)
@@ -146,6 +150,8 @@ class ContinuousBernoulli(Likelihood):
         >>> ContinuousBernoulli().check(np.array([0.0, 0.25]))
     """
 
+    unit_interval: ClassVar[bool] = True
+
     def check(self, x: Any) -> None:
         array = np.asarray(x)
         condition = "lie in [0, 1] under a ContinuousBernoulli likelihood"
@@ -212,6 +218,7 @@ class DiscretizedLogistic(Likelihood):
     """
 
     levels: int = 256
+    unit_interval: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         whole_number("levels", self.levels, 2)

@@ -1,4 +1,4 @@
-"""The variational autoencoder: one layer of Gaussian latents."""
+"""The variational autoencoder: one layer of latents."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from elbozoo.guides import DiagonalGaussian, Family
 from elbozoo.inference.parts import instance_of, whole_number
 from elbozoo.zoo.likelihoods import Bernoulli, Likelihood
 from elbozoo.zoo.networks import MLP, Network
+from elbozoo.zoo.priors import Prior, StandardNormal
 from elbozoo.zoo.spec import Spec, check_shape
 
 __all__ = ["VAE"]
@@ -18,13 +19,14 @@ __all__ = ["VAE"]
 class VAE(Spec):
     """A variational autoencoder.
 
-    ``z ~ N(0, I)``, ``x | z ~ likelihood(decoder(z))``; the guide is ``z | x ~ family(encoder(x))``, one pair of
-    networks for all data (amortized).
+    ``z ~ prior``, by default N(0, I), ``x | z ~ likelihood(decoder(z))``; the guide is ``z | x ~ family(encoder(x))``,
+    one pair of networks for all data (amortized).
 
     Sites: latent ``z`` with event shape (latent_dim,), observed ``x`` with event shape (data_dim,), plate ``data`` at
     dim -1.
 
-    Parameters: ``decoder.*``, ``encoder.*`` (see the network), ``likelihood.*`` where the likelihood has any.
+    Parameters: ``decoder.*``, ``encoder.*`` (see the network), ``likelihood.*`` and ``prior.*`` where these have any.
+    Under a prior that is made of the guide (``VampPrior``) ``encoder.*`` are parameters of both model and guide.
 
     Shapes: x (B, data_dim), z (B, latent_dim), or (K, B, latent_dim) under an outer plate of particles.
 
@@ -34,6 +36,7 @@ class VAE(Spec):
         network: architecture of the encoder and, mirrored, of the decoder.
         likelihood: family of x given z.
         guide: family of z given x.
+        prior: family of z.
 
     Limits: the defaults are the one-layer model of Burda et al. (50 latents, two tanh layers of 200 each way,
     exp for the scale, Glorot-uniform weights, zero biases; pinned in both engines). One last layer holds the guide's
@@ -54,6 +57,7 @@ class VAE(Spec):
     network: Network = dataclasses.field(default_factory=MLP)
     likelihood: Likelihood = dataclasses.field(default_factory=Bernoulli)
     guide: Family = dataclasses.field(default_factory=DiagonalGaussian)
+    prior: Prior = dataclasses.field(default_factory=StandardNormal)
 
     def __post_init__(self) -> None:
         whole_number("data_dim", self.data_dim)
@@ -61,6 +65,7 @@ class VAE(Spec):
         instance_of("network", self.network, Network)
         instance_of("likelihood", self.likelihood, Likelihood)
         instance_of("guide", self.guide, Family)
+        instance_of("prior", self.prior, Prior)
         self.network.check_data_dim(self.data_dim)
         self.likelihood.check_data_dim(self.data_dim)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
 from jax.typing import ArrayLike
 
 from elbozoo.zoo.networks.networks_numpyro import network
+from elbozoo.zoo.priors.priors_numpyro import prior
 from elbozoo.zoo.spec import plate_sizes
 from elbozoo.zoo.vae import VAE
 
@@ -24,6 +24,22 @@ class Model:
         self.num_outputs = spec.likelihood.num_outputs * spec.data_dim
         self.Likelihood = spec.likelihood.form("numpyro")
         self.Decoder = spec.network.form("numpyro", "Decoder")
+        self.Posterior = spec.guide.form("numpyro")
+        self.Encoder = spec.network.form("numpyro", "Encoder")
+
+    def encode(self, x: ArrayLike) -> dist.Distribution:
+        """q(z | x) for x of shape (..., data_dim): the guide's, which a prior may be made of."""
+        spec = self.spec
+        sizes = (spec.data_dim, spec.guide.num_outputs(spec.latent_dim))
+        posterior = network(self.prefix + "posterior", partial(self.Posterior, spec.guide, spec.latent_dim))
+        encoder = network(self.prefix + "encoder", partial(self.Encoder, spec.network, *sizes))
+        return posterior(encoder(x))
+
+    def prior_distribution(self) -> dist.Distribution:
+        """p(z), with batch shape () and event shape (latent_dim,)."""
+        spec = self.spec
+        sizes = (spec.latent_dim, spec.data_dim, spec.likelihood.unit_interval)
+        return prior(self.prefix + "prior", spec.prior, *sizes)(self.encode)
 
     def decode(self, z: ArrayLike) -> dist.Distribution:
         """p(x | z) for z of shape (..., latent_dim); its mean is the reconstruction."""
@@ -35,9 +51,8 @@ class Model:
     def __call__(self, x: ArrayLike | None = None, size: int | None = None) -> Array:
         """Sample z and x, or score x; without x draw ``size`` data. Returns x of shape (B, data_dim)."""
         num_data, batch = plate_sizes(x, size, self.spec.data_dim)
-        loc = jnp.zeros(self.spec.latent_dim)
         with numpyro.plate("data", num_data, subsample_size=batch, dim=-1):
-            z = numpyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+            z = numpyro.sample("z", self.prior_distribution())
             return numpyro.sample("x", self.decode(z), obs=x)
 
 
@@ -47,16 +62,7 @@ class Guide:
     def __init__(self, spec: VAE, model: Model, name: str = ""):
         self.spec, self.name = spec, name
         self.prefix = f"{name}." if name else ""
-        self.num_outputs = spec.guide.num_outputs(spec.latent_dim)
-        self.Posterior = spec.guide.form("numpyro")
-        self.Encoder = spec.network.form("numpyro", "Encoder")
-
-    def encode(self, x: ArrayLike) -> dist.Distribution:
-        """q(z | x) for x of shape (..., data_dim)."""
-        sizes = (self.spec.data_dim, self.num_outputs)
-        posterior = network(self.prefix + "posterior", partial(self.Posterior, self.spec.guide, self.spec.latent_dim))
-        encoder = network(self.prefix + "encoder", partial(self.Encoder, self.spec.network, *sizes))
-        return posterior(encoder(x))
+        self.encode = model.encode
 
     def __call__(self, x: ArrayLike, size: int | None = None) -> Array:
         """Sample z given x. Returns z of shape (B, latent_dim)."""
