@@ -203,20 +203,25 @@ class GroundTruth:
     def __rich__(self) -> Table:
         title = f"The guide against NUTS: {self.num_data} data, {self.num_chains} × {self.num_draws} draws of each"
         table = Table(title=title, title_justify="left")
-        names = ("datum", "agree", "energy distance", "floor", "R-hat", "NUTS's R-hat", "ESS", "k̂")
-        for i, name in enumerate((*names, "weighted: agree", "energy distance")):
+        names = ("datum", "agree", "distance", "floor", "R-hat", "k̂", "agree, weighted", "distance", "R-hat")
+        for i, name in enumerate((*names, "NUTS's R-hat", "ESS")):
             table.add_column(name, justify="right" if i else "left")
         ess = -_worst({n: -e for n, e in self.nuts_ess.items()})
-        columns = {
-            ".4f": (self.energy_distance, self.energy_floor),
-            ".3f": (_worst(self.r_hat), _worst(self.nuts_r_hat)),
-            ".0f": (ess,),
-            ".2f": (self.k_hat,),
-        }
-        for i, (agree, weighted) in enumerate(zip(self.agree(), self.agree(weighted=True), strict=True)):
-            cells = [format(column[i], spec) for spec, those in columns.items() for column in those]
-            last = format(self.weighted_energy_distance[i], ".4f")
-            table.add_row(str(i), "yes" if agree else "no", *cells, "yes" if weighted else "no", last)
+        plain, weighted = self.agree(), self.agree(weighted=True)
+        for i in range(self.num_data):
+            table.add_row(
+                str(i),
+                "yes" if plain[i] else "no",
+                f"{self.energy_distance[i]:.4f}",
+                f"{self.energy_floor[i]:.4f}",
+                f"{_worst(self.r_hat)[i]:.3f}",
+                f"{self.k_hat[i]:.2f}",
+                "yes" if weighted[i] else "no",
+                f"{self.weighted_energy_distance[i]:.4f}",
+                f"{_worst(self.weighted_r_hat)[i]:.3f}",
+                f"{_worst(self.nuts_r_hat)[i]:.3f}",
+                f"{ess[i]:.0f}",
+            )
         return table
 
     def __str__(self) -> str:

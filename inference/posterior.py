@@ -183,8 +183,9 @@ def _join(parts: list[Any], num_draws: int) -> Any:
 
 
 def effective_draws(log_weight: np.ndarray) -> np.ndarray:
-    """``(Σ w)² / Σ w²`` along axis 0."""
-    return np.asarray(np.exp(2.0 * logsumexp(log_weight) - logsumexp(2.0 * log_weight)))
+    """``(Σ w)² / Σ w²`` along axis 0; nan where all weights are zero."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.exp(2.0 * logsumexp(log_weight) - logsumexp(2.0 * log_weight)))
 
 
 def resampled(log_weight: np.ndarray, rng: np.random.Generator, num_draws: int | None = None) -> np.ndarray:
