@@ -1,4 +1,4 @@
-r"""The guide against the truth: NUTS on the posterior of each datum, its draws beside the guide's."""
+r"""The guide against the truth: NUTS on the posterior of each datum, the guide's beside it, plain and weighted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import io
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -24,11 +24,11 @@ from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import InvalidArgument, NonFinite, must
 from elbozoo.inference.evaluation import call_seed, call_size, check_plate, weigh
 from elbozoo.inference.parts import ENGINES, number, whole_number
-from elbozoo.inference.posterior import _datasets, _gather, _Names, _wrap, attributes, effective_draws
-from elbozoo.inference.psis import LARGE_K, pareto_k
+from elbozoo.inference.posterior import _datasets, _join, _Names, _wrap, attributes, effective_draws, resampled
+from elbozoo.inference.psis import LARGE_K, pareto_k, pareto_smooth
 from elbozoo.inference.terms import Terms
 
-_GUIDE, _NUTS, _SHAPES = range(3)  # streams of random numbers
+_GUIDE, _NUTS, _SHAPES, _RESAMPLE = range(4)  # streams of random numbers
 _ROWS = 1024  # draws whose distances to others are held at once
 _LOOK = "Look at the model's density there, and at that datum"
 _CHECKED = 2  # draws at which a datum's own log density is held against the one among the others
@@ -50,7 +50,11 @@ class GroundTruth:
             ``diverging`` of each draw and datum, from NumPyro also ``lp`` (of unconstrained latents), ``energy``,
             ``n_steps``, ``acceptance_rate`` and ``step_size``; ``observed_data``.
         guide: the same of the guide, with as many draws, dealt to as many chains. Its ``sample_stats`` are
-            ``log_weight`` of each draw, and per datum ``pareto_k`` and ``ess`` of those weights.
+            ``log_weight`` of each draw, and per datum ``pareto_k`` and ``ess`` of the weights of the
+            ``oversample`` times as many draws that ``weighted`` is made from, these among them.
+        weighted: the guide's draws corrected by their importance weights: as many draws again, resampled from
+            ``oversample`` times as many in proportion to Pareto-smoothed weights
+            (:func:`~elbozoo.inference.psis.pareto_smooth`). No ``sample_stats``.
         energy_distance: the energy distance between the two sets of draws, as a share of ``2 E|Z - Z'|`` (Z from one
             set, Z' from the other), so from 0 (the sets are equal) to 1, in the coordinates in which NUTS's draws have
             unit variance in each dimension. Means that differ by d standard deviations in every dimension give about
@@ -58,20 +62,31 @@ class GroundTruth:
         energy_floor: the same between two halves of NUTS's own draws, on average over the ways to deal each chain's
             first and second half to one or the other: what the draws can tell apart. Two sets of *all* draws
             from one distribution come out at half of it on average, or below.
+        weighted_energy_distance: the same between NUTS's draws and ``weighted``. A set that hangs on m effective draws
+            is off by about ``1 / (2 m)`` by that alone. Its floor is the same one: few effective draws are no excuse.
         r_hat: by site, ``(N, D)``: rank-normalised split R-hat over NUTS's chains and the guide's together.
+        weighted_r_hat: the same with ``weighted`` in place of the guide.
+        mean_error, weighted_mean_error: the largest error of the posterior mean over all dimensions, in the posterior's
+            standard deviations in that dimension (both from NUTS): of the guide, and of ``weighted``.
         nuts_r_hat, nuts_ess: by site, ``(N, D)``: R-hat and bulk effective sample size of NUTS's chains alone.
         divergences: NUTS's divergent transitions after warm-up.
-        k_hat: Pareto k̂ of the guide's importance weights ``p(x, z) / q(z | x)``.
+        k_hat: Pareto k̂ of the guide's importance weights ``p(x, z) / q(z | x)``, those that ``weighted`` uses.
         num_warmup, num_draws, num_chains: of NUTS; draws are a chain's.
+        oversample: draws of the guide that are weighted, for each one of NUTS.
         sampler: whose NUTS ran, ``"numpyro"`` or ``"pyro"``.
         seconds: wall time.
     """
 
     nuts: Any = field(repr=False)
     guide: Any = field(repr=False)
+    weighted: Any = field(repr=False)
     energy_distance: PerDatum
     energy_floor: PerDatum
+    weighted_energy_distance: PerDatum
     r_hat: PerDimension
+    weighted_r_hat: PerDimension
+    mean_error: PerDatum
+    weighted_mean_error: PerDatum
     nuts_r_hat: PerDimension
     nuts_ess: PerDimension
     divergences: Int[np.ndarray, " N"]
@@ -79,6 +94,7 @@ class GroundTruth:
     num_warmup: int
     num_draws: int
     num_chains: int
+    oversample: int
     sampler: str
     seconds: float
 
@@ -87,22 +103,43 @@ class GroundTruth:
         """N."""
         return len(self.k_hat)
 
-    def agree(self, *, energy: float = 0.02, r_hat: float = 1.05) -> Bool[np.ndarray, " N"]:
-        r"""For which data guide and NUTS agree, ``(N,)``.
+    def agree(self, *, weighted: bool = False, energy: float = 0.02, r_hat: float = 1.05) -> Bool[np.ndarray, " N"]:
+        r"""For which data guide and NUTS agree, ``(N,)``: its draws as they are, or by their importance weights.
 
         The rule: the energy distance is at most ``energy``, or at most its floor where that is above ``energy``; and
         R-hat across the two is at most ``r_hat`` in every dimension. It is about the size of the difference
         and not about its significance, which any guide but the exact one reaches with draws enough. By default, means
         may differ by 0.28 posterior standard deviations in every dimension (0.02 = 0.28² / 4) or by 0.6 in one of many.
 
+        The two are different statements, and k̂ is about the second alone. *The guide is the posterior*: its draws as
+        they are agree. A low k̂ does not say so: it says that the tail of ``p / q`` is light, and a guide that is twice
+        too wide has bounded weights and is still wrong. *The guide's importance-weighted expectations are the
+        posterior's*: ``weighted`` agrees (the energy distance is the square of the largest error over expectations of a
+        ball of functions). Where k̂ is below 0.7 that is so but for a small probability of a large error, if the
+        weighted draws are a few thousand or more. Above 0.7 nothing is promised: the error falls too slowly with the
+        number of draws for any practical number to help, which leaves room for agreement just above.
+
+        The rule for ``weighted`` is the rule for the guide, thresholds and all, so that the weights alone make the
+        difference. It was fixed before it was first measured on a trained model.
+
         It says little of data where NUTS itself has not :attr:`converged`.
 
+        Args:
+            weighted: ask it of the importance-weighted draws.
+            energy: largest energy distance.
+            r_hat: largest R-hat.
+
         Raises: InvalidArgument unless ``energy`` is between 0 and 1 and ``r_hat`` above 1.
+
+        References: Vehtari, Simpson, Gelman, Yao & Gabry 2024 (arXiv 1507.02646), section 3.2, for what k̂ promises;
+            Yao, Vehtari, Simpson & Gelman 2018, Yes, but did it work?: Evaluating variational inference (arXiv
+            1802.02538), for k̂ of a variational posterior.
         """
         number("energy", energy, lambda v: 0 <= v <= 1, "lie in [0, 1]", "Pass 0.02, say")
         number("r_hat", r_hat, lambda v: v > 1, "be finite and above 1", "Pass 1.05, say")
-        near = self.energy_distance <= np.maximum(self.energy_floor, energy)
-        return near & (_worst(self.r_hat) <= r_hat)
+        distance = self.weighted_energy_distance if weighted else self.energy_distance
+        near = distance <= np.maximum(self.energy_floor, energy)
+        return near & (_worst(self.weighted_r_hat if weighted else self.r_hat) <= r_hat)
 
     @property
     def converged(self) -> Bool[np.ndarray, " N"]:
@@ -112,10 +149,17 @@ class GroundTruth:
     @property
     def verdict(self) -> list[str]:
         """What it comes to, in words with figures."""
-        agree, well, n = self.agree(), self.k_hat <= LARGE_K, self.num_data
+        well, n = self.k_hat <= LARGE_K, self.num_data
+
+        def counts(agree: np.ndarray) -> str:
+            return (
+                f"agree for {agree.sum()} of {n} data: {(agree & well).sum()} of the {well.sum()} whose k̂ "
+                f"is at most {LARGE_K}, {(agree & ~well).sum()} of the other {(~well).sum()}."
+            )
+
         said = [
-            f"Guide and NUTS agree for {agree.sum()} of {n} data: {(agree & well).sum()} of the {well.sum()} whose k̂ "
-            f"is at most {LARGE_K}, {(agree & ~well).sum()} of the other {(~well).sum()}."
+            f"Guide and NUTS {counts(self.agree())}",
+            f"By their importance weights, the guide's draws {counts(self.agree(weighted=True))}",
         ]
         if not self.converged.all():
             which = ", ".join(str(i) for i in np.flatnonzero(~self.converged))
@@ -126,16 +170,22 @@ class GroundTruth:
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON; None where a number does not exist."""
-        agree = self.agree()
+        agree, weighted, well = self.agree(), self.agree(weighted=True), self.k_hat <= LARGE_K
         found: dict[str, Any] = {
             "num_data": self.num_data,
             "num_warmup": self.num_warmup,
             "num_draws": self.num_draws,
             "num_chains": self.num_chains,
+            "oversample": self.oversample,
             "agree": int(agree.sum()),
+            "weighted_agree": int(weighted.sum()),
             "energy_distance_median": float(np.median(self.energy_distance)),
             "energy_distance_max": float(self.energy_distance.max()),
             "energy_floor_median": float(np.median(self.energy_floor)),
+            "weighted_energy_distance_median": float(np.median(self.weighted_energy_distance)),
+            "weighted_energy_distance_max": float(self.weighted_energy_distance.max()),
+            "mean_error_max": float(self.mean_error.max()),
+            "weighted_mean_error_max": float(self.weighted_mean_error.max()),
             "r_hat_max": float(_worst(self.r_hat).max()),
             "nuts_converged": int(self.converged.sum()),
             "nuts_r_hat_max": float(_worst(self.nuts_r_hat).max()),
@@ -143,7 +193,8 @@ class GroundTruth:
             "divergences": int(self.divergences.sum()),
             "k_hat_max": float(self.k_hat.max()),
             "k_hat_bad": float(np.mean(self.k_hat > LARGE_K)),
-            "agree_where_k_hat_good": int((agree & (self.k_hat <= LARGE_K)).sum()),
+            "agree_where_k_hat_good": int((agree & well).sum()),
+            "weighted_agree_where_k_hat_good": int((weighted & well).sum()),
             "sampler": self.sampler,
             "seconds": self.seconds,
         }
@@ -152,21 +203,25 @@ class GroundTruth:
     def __rich__(self) -> Table:
         title = f"The guide against NUTS: {self.num_data} data, {self.num_chains} × {self.num_draws} draws of each"
         table = Table(title=title, title_justify="left")
-        for i, name in enumerate(("datum", "agree", "energy distance", "floor", "R-hat", "NUTS's R-hat", "ESS", "k̂")):
+        names = ("datum", "agree", "distance", "floor", "R-hat", "k̂", "agree, weighted", "distance", "R-hat")
+        for i, name in enumerate((*names, "NUTS's R-hat", "ESS")):
             table.add_column(name, justify="right" if i else "left")
         ess = -_worst({n: -e for n, e in self.nuts_ess.items()})
-        columns = (
-            self.energy_distance,
-            self.energy_floor,
-            _worst(self.r_hat),
-            _worst(self.nuts_r_hat),
-            ess,
-            self.k_hat,
-        )
-        formats = (".4f", ".4f", ".3f", ".3f", ".0f", ".2f")
-        for i, agree in enumerate(self.agree()):
-            cells = [format(column[i], spec) for column, spec in zip(columns, formats, strict=True)]
-            table.add_row(str(i), "yes" if agree else "no", *cells)
+        plain, weighted = self.agree(), self.agree(weighted=True)
+        for i in range(self.num_data):
+            table.add_row(
+                str(i),
+                "yes" if plain[i] else "no",
+                f"{self.energy_distance[i]:.4f}",
+                f"{self.energy_floor[i]:.4f}",
+                f"{_worst(self.r_hat)[i]:.3f}",
+                f"{self.k_hat[i]:.2f}",
+                "yes" if weighted[i] else "no",
+                f"{self.weighted_energy_distance[i]:.4f}",
+                f"{_worst(self.weighted_r_hat)[i]:.3f}",
+                f"{_worst(self.nuts_r_hat)[i]:.3f}",
+                f"{ess[i]:.0f}",
+            )
         return table
 
     def __str__(self) -> str:
@@ -192,10 +247,14 @@ def ground_truth(
     num_warmup: int = 500,
     num_draws: int = 500,
     num_chains: int = 4,
+    oversample: int = 10,
     seed: int = 0,
     progress: bool = False,
 ) -> GroundTruth:
     r"""The posterior ``p(z | x_n)`` of each datum by NUTS, the weights fixed, beside the guide's draws.
+
+    The guide is held against it twice, for these are two questions (:meth:`GroundTruth.agree`): as it is, and corrected
+    by its importance weights.
 
     NUTS runs on each datum by itself, with its own adaptation. NumPyro compiles it once for all data and runs the
     chains side by side. A Pyro program of the zoo runs as its NumPyro twin with the same weights where NumPyro is
@@ -215,6 +274,8 @@ def ground_truth(
         num_warmup: steps of adaptation of each chain.
         num_draws: draws of each chain, from 10 on. The guide gives ``num_chains * num_draws``.
         num_chains: from 2 on.
+        oversample: draws of the guide that are weighted, for each one of NUTS. They are made twice and never held all
+            at once: memory grows by their weights alone.
         seed: equal arguments give equal results.
         progress: show a progress bar.
 
@@ -230,48 +291,60 @@ def ground_truth(
     whole_number("num_warmup", num_warmup)
     whole_number("num_draws", num_draws, least=10)
     whole_number("num_chains", num_chains, least=2)
+    whole_number("oversample", oversample)
     whole_number("seed", seed, least=0)
     began = time.perf_counter()
     arrays = prepare(program, data)
-    guide = _guide(program, arrays, num_draws * num_chains, seed)
+    count = num_draws * num_chains
+    guide = _guide(program, arrays, count, count * oversample, seed)
     sampler, engine = _sampler(program, num_warmup, num_draws, num_chains)
     values, statistics = _run(sampler, guide, arrays, seed, progress)
+    weighted = _reweighted(program, arrays, guide, count, seed)
 
     lead = (num_chains, num_draws)
-    by_guide = {name: guide["values"][name].reshape(*lead, *guide["values"][name].shape[1:]) for name in values}
+
+    def dealt(draws: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: draws[name].reshape(*lead, *draws[name].shape[1:]) for name in values}
+
+    draws = {"nuts": values, "guide": dealt(guide["values"]), "weighted": dealt(weighted)}
     names, attrs = _Names(program.spec, len(arrays[0]), {}), attributes(program, num_draws, seed)
     observed = names.data(arrays, guide["predictive"])
     dims, log_weight = ("chain", "draw", "data"), guide["log_weight"]
-    groups = {
-        "nuts": (values, {name: (dims, s) for name, s in statistics.items()}),
-        "guide": (
-            by_guide,
-            {
-                "log_weight": (dims, log_weight.reshape(*lead, -1)),
-                "pareto_k": (dims[2:], pareto_k(log_weight)),
-                "ess": (dims[2:], effective_draws(log_weight)),
-            },
-        ),
+    k_hat = pareto_k(log_weight)
+    statistics_of = {
+        "nuts": {name: (dims, s) for name, s in statistics.items()},
+        "guide": {
+            "log_weight": (dims, log_weight[:count].reshape(*lead, -1)),
+            "pareto_k": (dims[2:], k_hat),
+            "ess": (dims[2:], effective_draws(log_weight)),
+        },
     }
     found, posterior = {}, {}
-    for which, (draws, stats) in groups.items():
-        variables = {
-            "posterior": names.latents(draws, dims[:2]), "sample_stats": stats, "observed_data": observed
-        }  # fmt: skip
+    for which, of_it in draws.items():
+        variables = {"posterior": names.latents(of_it, dims[:2]), "observed_data": observed}
+        if which in statistics_of:
+            variables["sample_stats"] = statistics_of[which]
         origin = attrs | {"draws_of": which, "sampler": engine if which == "nuts" else "guide"}
         datasets = _datasets(variables, {}, origin)
         found[which], posterior[which] = _wrap(datasets, origin), datasets["posterior"]
-    distances = np.array([_distances(_flat(values, i), _flat(by_guide, i)) for i in range(len(arrays[0]))])
+    plain, corrected = (
+        np.array([_distances(_flat(values, i), _flat(draws[which], i)) for i in range(len(arrays[0]))])
+        for which in ("guide", "weighted")
+    )
     return GroundTruth(
         **found,
-        energy_distance=distances[:, 0],
-        energy_floor=distances[:, 1],
-        **_mixing(posterior["nuts"], posterior["guide"]),
+        energy_distance=plain[:, 0],
+        energy_floor=plain[:, 1],
+        weighted_energy_distance=corrected[:, 0],
+        **_mixing(posterior["nuts"], posterior["guide"], posterior["weighted"]),
+        mean_error=plain[:, 2],
+        weighted_mean_error=corrected[:, 2],
         divergences=statistics["diverging"].sum(axis=(0, 1)),
-        k_hat=pareto_k(log_weight),
+        k_hat=k_hat,
         num_warmup=num_warmup,
         num_draws=num_draws,
         num_chains=num_chains,
+        oversample=oversample,
         sampler=engine,
         seconds=time.perf_counter() - began,
     )
@@ -298,33 +371,66 @@ def _draws(terms: Terms) -> dict[str, Any]:
     }
 
 
-def _guide(program: Any, arrays: tuple[np.ndarray, ...], count: int, seed: int) -> dict[str, Any]:
-    """``count`` draws of the model's latents from the guide, ``(count, N, …)``, their log weights and densities."""
+def _values(terms: Terms) -> dict[str, Any]:
+    return dict(terms.values)
+
+
+def _guide(program: Any, arrays: tuple[np.ndarray, ...], count: int, total: int, seed: int) -> dict[str, Any]:
+    """``count`` draws of the model's latents from the guide, ``(count, N, …)``, and their log densities.
+
+    With them the log weights of ``total`` draws, ``(total, N)``, of which these are the first.
+    """
     num_data = len(arrays[0])
-    _, chunk = call_size(arrays, count, num_data)
     # A run of the model alone names its latents, and their shapes without dims that Pyro adds.
     prior = program.predict(arrays, seed=call_seed(seed, _SHAPES, 0), prior=True)
-    drawn = _gather(
-        lambda size, call: program.apply(_draws, arrays, num_particles=size, seed=call), count, chunk, seed, _GUIDE
-    )
-    if drawn["log_lik"].ndim < 2 or drawn["joint"].any():
-        todo = "Move every site into the data plate; a latent that all data share has no posterior of one datum"
-        raise must("program", "have every latent inside its data plate", "one that is not", todo)
-    check_plate(drawn["log_lik"], num_data)
-    values = {}
+    kept, log_weight = [], []
+    for first, out in _calls(program, _draws, arrays, total, seed):
+        if out["log_lik"].ndim < 2 or out["joint"].any():
+            todo = "Move every site into the data plate; a latent that all data share has no posterior of one datum"
+            raise must("program", "have every latent inside its data plate", "one that is not", todo)
+        check_plate(out["log_lik"], num_data)
+        log_weight.append(weigh(out["log_lik"], out["rate"]))
+        if first < count:
+            kept.append(out)
+    drawn, shapes = _join(kept, count), {}
     for name, z in prior["latent"].items():
         if z.shape[1:2] != (num_data,):
             todo = "Put other plates to the right of the data plate, or into event dims"
             got = f"shape {z.shape[1:]} for {num_data} data"
             raise must(f"site '{name}'", "have the data along its first dim", got, todo)
-        values[name] = drawn["values"][name].reshape(count, *z.shape[1:])
-    log_weight = weigh(drawn["log_lik"], drawn["rate"])
+        shapes[name] = z.shape[1:]
     return {
-        "values": values,
-        "log_weight": log_weight,
+        "values": {name: drawn["values"][name].reshape(count, *shape) for name, shape in shapes.items()},
+        "log_weight": np.concatenate(log_weight)[:total],
         "log_joint": drawn["log_joint"],
         "predictive": prior["observed"],
     }
+
+
+def _calls(
+    program: Any, fn: Callable[[Terms], Any], arrays: tuple[np.ndarray, ...], total: int, seed: int
+) -> Iterator[tuple[int, Any]]:
+    """``fn`` of ``total`` draws or a few more, some at a time, with the first one's index: the same every time."""
+    _, chunk = call_size(arrays, total, len(arrays[0]))
+    for call, first in enumerate(range(0, total, chunk)):
+        yield first, program.apply(fn, arrays, num_particles=chunk, seed=call_seed(seed, _GUIDE, call))
+
+
+def _reweighted(
+    program: Any, arrays: tuple[np.ndarray, ...], guide: Mapping[str, Any], count: int, seed: int
+) -> dict[str, np.ndarray]:
+    """``count`` of the guide's draws, resampled by smoothed weights for each datum by itself, ``(count, N, …)``."""
+    log_weight = guide["log_weight"]
+    possible = np.isfinite(log_weight.max(axis=0))  # else no draw is better than another
+    smooth = pareto_smooth(np.where(possible, log_weight, 0.0))
+    chosen = resampled(smooth, np.random.default_rng([seed, _RESAMPLE]), count)
+    picked = {name: np.empty_like(z) for name, z in guide["values"].items()}
+    for first, values in _calls(program, _values, arrays, len(log_weight), seed):
+        size = len(next(iter(values.values())))
+        at, datum = np.nonzero((first <= chosen) & (chosen < first + size))
+        for name, z in picked.items():
+            z[at, datum] = values[name].reshape(size, *z.shape[1:])[chosen[at, datum] - first, datum]
+    return picked
 
 
 def _run(
@@ -392,14 +498,18 @@ def _check(values: Mapping[str, np.ndarray], events: Mapping[str, tuple[int, ...
 # --- the comparison ---------------------------------------------------------------------------------------------
 
 
-def _mixing(nuts: xarray.Dataset, guide: xarray.Dataset) -> dict[str, dict[str, np.ndarray]]:
-    """R-hat across the two, and NUTS's own R-hat and effective sample size, each ``(N, D)`` by site."""
+def _mixing(nuts: xarray.Dataset, guide: xarray.Dataset, weighted: xarray.Dataset) -> dict[str, dict[str, np.ndarray]]:
+    """R-hat across NUTS and each of the others, NUTS's own, and its effective sample size, each ``(N, D)`` by site."""
     import arviz  # here, for it takes seconds
 
     chains = nuts.sizes["chain"]
-    further = guide.assign_coords(chain=np.arange(chains, 2 * chains))
+
+    def with_nuts(other: xarray.Dataset) -> xarray.Dataset:
+        return xarray.concat([nuts, other.assign_coords(chain=np.arange(chains, 2 * chains))], dim="chain")
+
     found = {
-        "r_hat": arviz.rhat(xarray.concat([nuts, further], dim="chain")),
+        "r_hat": arviz.rhat(with_nuts(guide)),
+        "weighted_r_hat": arviz.rhat(with_nuts(weighted)),
         "nuts_r_hat": arviz.rhat(nuts),
         "nuts_ess": arviz.ess(nuts),
     }
@@ -416,8 +526,8 @@ def _flat(values: Mapping[str, np.ndarray], i: int) -> np.ndarray:
     return np.concatenate([z[:, :, i].reshape(*z.shape[:2], -1) for z in values.values()], axis=2).astype(np.float64)
 
 
-def _distances(nuts: Float[np.ndarray, "C S D"], guide: Float[np.ndarray, "C S D"]) -> tuple[float, float]:
-    """The energy distance and its floor, as shares of ``2 E|Z - Z'|``, in NUTS's units."""
+def _distances(nuts: Float[np.ndarray, "C S D"], guide: Float[np.ndarray, "C S D"]) -> tuple[float, float, float]:
+    """The energy distance and its floor, as shares of ``2 E|Z - Z'|``, and the mean's largest error, in NUTS's unit."""
     flat = nuts.reshape(-1, nuts.shape[-1])
     scale = flat.std(axis=0)
     unit = np.where(scale > 0, scale, 1.0)
@@ -433,8 +543,10 @@ def _distances(nuts: Float[np.ndarray, "C S D"], guide: Float[np.ndarray, "C S D
     # The mean over all ways to deal the half chains to two hands, C each: 2 E|Z - Z'| less twice the mean in a hand.
     floor = (other - own) * 2 / (count / 2)
     if across == 0.0:
-        return 0.0, 0.0
-    return (across - within - _mean_distance(y, y)) / across, floor / (2 * other) if other > 0 else 0.0
+        return 0.0, 0.0, 0.0
+    distance = (across - within - _mean_distance(y, y)) / across
+    mean_error = float(np.abs(x.mean(axis=0) - y.mean(axis=0)).max())
+    return distance, floor / (2 * other) if other > 0 else 0.0, mean_error
 
 
 def energy_distance(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) -> float:

@@ -183,24 +183,26 @@ def _join(parts: list[Any], num_draws: int) -> Any:
 
 
 def effective_draws(log_weight: np.ndarray) -> np.ndarray:
-    """``(Σ w)² / Σ w²`` along axis 0."""
-    return np.asarray(np.exp(2.0 * logsumexp(log_weight) - logsumexp(2.0 * log_weight)))
+    """``(Σ w)² / Σ w²`` along axis 0; nan where all weights are zero."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.exp(2.0 * logsumexp(log_weight) - logsumexp(2.0 * log_weight)))
 
 
-def resampled(log_weight: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Indices of K draws taken with replacement in proportion to their weights, for each datum by itself.
+def resampled(log_weight: np.ndarray, rng: np.random.Generator, num_draws: int | None = None) -> np.ndarray:
+    """Indices of S draws taken from K with replacement in proportion to their weights, for each datum by itself.
 
-    Systematic resampling: a draw of normalised weight w is taken ``K w`` times, rounded down or up, in random order.
+    Systematic resampling: a draw of normalised weight w is taken ``S w`` times, rounded down or up, in random order.
+    S is ``num_draws``, or K.
 
-    Shapes: ``log_weight`` and the result ``(K,)`` or ``(K, B)``.
+    Shapes: ``log_weight`` ``(K,)`` or ``(K, B)``, the result ``(S,)`` or ``(S, B)``.
     """
     flat = log_weight.reshape(log_weight.shape[0], -1)
-    num_draws, num_data = flat.shape
+    num_data, num_draws = flat.shape[1], num_draws or len(flat)
     edges = np.cumsum(softmax(flat), axis=0)
     edges[-1] = 1.0  # not a rounding below
     points = (np.arange(num_draws)[:, None] + rng.random(num_data)) / num_draws
     chosen = np.stack([np.searchsorted(e, p, side="right") for e, p in zip(edges.T, points.T, strict=True)], axis=1)
-    return rng.permuted(chosen, axis=0).reshape(log_weight.shape)
+    return rng.permuted(chosen, axis=0).reshape(num_draws, *log_weight.shape[1:])
 
 
 def _take(z: np.ndarray, chosen: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-r"""Pareto k̂: how heavy the tail of importance weights is, and so how far an estimate made with them can be trusted.
+r"""Pareto k̂: how heavy the tail of importance weights is, and so how far an estimate made with them can be trusted;
+and weights whose tail is smoothed by the same fit.
 
 ArviZ has it too, but its argument changed sign between versions (log weights in 0.23, their negatives in 1.x), and it
 wants all weights at once. This one works on the largest weights alone, for many data together.
@@ -84,12 +85,40 @@ def pareto_k_from_tail(top: np.ndarray, num_draws: int) -> np.ndarray:
     if tail >= _LEAST_TAIL:
         step = max(1, _BLOCK // top.shape[0])
         for start in range(0, len(k), step):
-            k[start : start + step] = _fit_tails(np.sort(flat[:, start : start + step], axis=0))
+            k[start : start + step], _ = _fit_tails(np.sort(flat[:, start : start + step], axis=0))
     return k.reshape(top.shape[1:])
 
 
-def _fit_tails(top: Float[np.ndarray, "M1 B"]) -> Float[np.ndarray, " B"]:
-    """k̂ of each column of sorted log weights, whose first row is the threshold."""
+def pareto_smooth(log_weight: np.ndarray) -> np.ndarray:
+    r"""Log weights whose tail is replaced by what the Pareto distribution fitted to it has at its ranks, per datum.
+
+    The j-th smallest of the M weights above the threshold u becomes :math:`u + F^{-1}((j - ½) / M)`, F being the
+    distribution that :func:`pareto_k` fits, and no more than the largest weight was. Less of an estimate then hangs on
+    the few largest draws, for a small bias. Weights without a tail to fit (k̂ is nan or infinite) stay as they are.
+
+    Shapes: ``log_weight`` and the result ``(K, …)``, draws along axis 0; unnormalised, nats, float64.
+
+    References: Vehtari, Simpson, Gelman, Yao & Gabry 2024, Pareto smoothed importance sampling (arXiv 1507.02646).
+    """
+    log_weight = np.asarray(log_weight, dtype=np.float64)
+    smooth, tail = log_weight.reshape(len(log_weight), -1).copy(), tail_size(len(log_weight))
+    if tail < _LEAST_TAIL:
+        return log_weight
+    ranked = np.argsort(smooth, axis=0)[-tail - 1 :]
+    top = np.take_along_axis(smooth, ranked, axis=0)
+    for column, (k, scale) in enumerate(zip(*_fit_tails(top), strict=True)):
+        if np.isfinite(k) and scale > 0.0:
+            threshold, largest_weight = top[0, column], top[-1, column]
+            above = ranked[top[:, column] > threshold, column]
+            rank = (np.arange(len(above)) + 0.5) / len(above)
+            excess = scale * (np.expm1(-k * np.log1p(-rank)) / k if k else -np.log1p(-rank))
+            tail_weight = np.minimum(np.exp(threshold - largest_weight) + excess, 1.0)  # the largest weight is 1
+            smooth[above, column] = np.log(tail_weight) + largest_weight
+    return smooth.reshape(log_weight.shape)
+
+
+def _fit_tails(top: Float[np.ndarray, "M1 B"]) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
+    """k̂ of each column of sorted log weights, whose first row is the threshold; and σ, the largest weight being 1."""
     largest_weight = top[-1].astype(np.float64)
     known = np.isfinite(largest_weight)  # sorting puts nan and +inf last; all weights zero puts -inf there
     safe = np.where(known, top, 0.0).astype(np.float64)
@@ -99,13 +128,14 @@ def _fit_tails(top: Float[np.ndarray, "M1 B"]) -> Float[np.ndarray, " B"]:
     excess = weights[1:] - weights[0]
     fitted = known & ~level & ((excess > 0.0).sum(axis=0) >= _LEAST_TAIL)
     k = np.where(known, np.where(level, -np.inf, np.inf), np.nan)
+    scale = np.full_like(k, np.nan)
     if fitted.any():
-        k[fitted] = _fit_pareto(excess[:, fitted])
-    return k
+        k[fitted], scale[fitted] = _fit_pareto(excess[:, fitted])
+    return k, scale
 
 
-def _fit_pareto(excess: Float[np.ndarray, "M B"]) -> Float[np.ndarray, " B"]:
-    """Zhang and Stephens' estimate of k for each column of sorted exceedances, shrunk.
+def _fit_pareto(excess: Float[np.ndarray, "M B"]) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
+    """Zhang and Stephens' estimate of k, shrunk, and of σ for each column of sorted exceedances.
 
     Zeros (ties with the threshold) do not count.
     """
@@ -124,6 +154,7 @@ def _fit_pareto(excess: Float[np.ndarray, "M B"]) -> Float[np.ndarray, " B"]:
         weight /= weight.sum(axis=0)
         mean_b = np.where(weight > 0.0, b * weight, 0.0).sum(axis=0)
         k = np.log1p(-mean_b * excess).sum(axis=0) / count
+        scale = -k / mean_b
     shrunk = (count * k + _PRIOR_DRAWS * _PRIOR_K) / (count + _PRIOR_DRAWS)
     # No grid point has a profile where the smallest exceedances are 0 to rounding: a tail without end.
-    return np.where(np.isnan(shrunk) | (log_profile.max(axis=0) == -np.inf), np.inf, shrunk)
+    return np.where(np.isnan(shrunk) | (log_profile.max(axis=0) == -np.inf), np.inf, shrunk), scale

@@ -97,6 +97,16 @@ def test_groups_dims_and_coords(engine: str) -> None:
         assert (attrs["engine"], attrs["model"], attrs["num_draws"], attrs["seed"]) == (engine, "LinearVAE", 40, 0)
 
 
+def test_resampling_takes_any_number_of_draws() -> None:
+    """A draw of normalised weight w comes S w times, rounded down or up, for each datum by itself."""
+    log_weight = 2.0 * np.random.default_rng(3).normal(size=(500, 3))
+    chosen = resampled(log_weight, np.random.default_rng(0), 80)
+    assert chosen.shape == (80, 3)
+    expected = 80 * np.exp(log_weight) / np.exp(log_weight).sum(axis=0)
+    counts = np.stack([np.bincount(column, minlength=500) for column in chosen.T], axis=1)
+    assert (np.abs(counts - expected) < 1).all()
+
+
 @pytest.mark.numpyro
 def test_resampling_is_a_choice() -> None:
     found = to_arviz(program("numpyro"), DATA, num_draws=40, resample=False)

@@ -21,7 +21,7 @@ from scipy.special import logsumexp
 from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import InvalidArgument, NonFinite
 from elbozoo.inference.evaluation import Evaluation, call_size, evaluate
-from elbozoo.inference.psis import largest, pareto_k, pareto_k_from_tail, tail_size
+from elbozoo.inference.psis import largest, pareto_k, pareto_k_from_tail, pareto_smooth, tail_size
 from elbozoo.inference.terms import Site, Terms
 from elbozoo.zoo import VAE
 
@@ -512,13 +512,42 @@ def test_k_hat_is_arviz_s() -> None:
 
     log_weight = np.random.default_rng(2).normal(size=(10_000, 6)) * [0.1, 0.5, 1.0, 2.0, 3.0, 4.0]
     if arviz.__version__.startswith("0."):
-        expected = [arviz.psislw(column.copy())[1] for column in log_weight.T]
+        expected = [arviz.psislw(column.copy(), normalize=False) for column in log_weight.T]
     else:  # from 1.0 on it takes the logarithm of 1 / w
         from arviz_stats.base import array_stats  # pyright: ignore[reportMissingImports]
 
-        expected = [array_stats.psislw(-column)[1] for column in log_weight.T]
-    np.testing.assert_allclose(pareto_k(log_weight), np.ravel(expected), rtol=1e-9)
+        expected = [array_stats.psislw(-column) for column in log_weight.T]
+    np.testing.assert_allclose(pareto_k(log_weight), np.ravel([k for _, k in expected]), rtol=1e-9)
     assert pareto_k(log_weight)[-1] > 0.7 > pareto_k(log_weight)[1]
+    for column, (smooth, _) in zip(pareto_smooth(log_weight).T, expected, strict=True):
+        np.testing.assert_allclose(column - logsumexp(column), smooth - logsumexp(smooth), rtol=1e-9, atol=1e-9)
+
+
+def test_smoothed_weights_are_the_quantiles_of_their_tail() -> None:
+    """Exact Pareto weights at k = ½: the tail moves onto SciPy's quantiles, its order and the rest stay."""
+    rng = np.random.default_rng(0)
+    log_weight = 0.5 * rng.exponential(size=(20_000, 100)) + 800.0  # exp overflows
+    smooth, tail = pareto_smooth(log_weight), tail_size(20_000)
+    ranked = np.argsort(log_weight, axis=0)
+    assert (np.diff(np.take_along_axis(smooth, ranked, axis=0), axis=0) >= 0).all()
+    body = ranked[:-tail]
+    np.testing.assert_array_equal(np.take_along_axis(smooth, body, 0), np.take_along_axis(log_weight, body, 0))
+    assert (smooth.max(axis=0) <= log_weight.max(axis=0)).all()
+    top = np.take_along_axis(smooth, ranked[-tail:], axis=0) - 800.0
+    threshold = np.exp(np.take_along_axis(log_weight, ranked[-tail - 1 :][:1], axis=0) - 800.0)
+    # Beyond u the excess of a Pareto variable is a generalised one of scale k u.
+    want = threshold + stats.genpareto.ppf((np.arange(tail)[:, None] + 0.5) / tail, 0.5, scale=0.5 * threshold)
+    ratio = (np.exp(top) / want)[: tail // 2]  # above it the cut at the largest weight tells
+    assert (np.abs(ratio.mean(axis=1) - 1) < 4 * stats.sem(ratio, axis=1) + 1e-3).all()
+    assert stats.sem(ratio, axis=1).max() < 0.005
+
+
+def test_weights_without_a_tail_stay_as_they_are() -> None:
+    rng = np.random.default_rng(5)
+    lone, few = np.full((100, 2), -2000.0), rng.normal(size=20)
+    lone[3] = 0.0
+    for log_weight in (lone, few, np.full(100, -3.7), np.full(100, -np.inf)):
+        np.testing.assert_array_equal(pareto_smooth(log_weight), log_weight)
 
 
 @pytest.mark.arviz

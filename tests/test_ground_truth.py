@@ -22,6 +22,8 @@ from scipy import integrate, stats
 from elbozoo.inference import ground_truth
 from elbozoo.inference.errors import InvalidArgument, NonFinite
 from elbozoo.inference.ground_truth import GroundTruth, _distances, energy_distance
+from elbozoo.inference.posterior import resampled
+from elbozoo.inference.psis import pareto_smooth, tail_size
 from elbozoo.zoo import LinearVAE
 
 OLD = arviz.__version__.startswith("0.")
@@ -88,6 +90,9 @@ def test_an_exact_guide_agrees(engine: str) -> None:
     assert found.r_hat["z"].shape == (4, 2)
     assert found.r_hat["z"].max() < 1.02
     assert (found.k_hat < 0.0).all()
+    assert found.agree(weighted=True).all()
+    assert (found.weighted_energy_distance < 10 * chance).all()
+    np.testing.assert_allclose(found.guide["sample_stats"]["ess"], 16_000, rtol=1e-6)  # all that are weighted
     assert found.verdict[0].startswith("Guide and NUTS agree for 4 of 4 data: 4 of the 4 whose k̂")
 
 
@@ -103,6 +108,123 @@ def test_a_wrong_guide_is_seen(shift: float, width: float) -> None:
     assert ", ".join(found.verdict).startswith("Guide and NUTS agree for 0 of 4 data")
     if width < 1:
         assert (found.k_hat > 0.5).all(), "weights of infinite variance, for width² < ½"
+
+
+# --- the guide's draws, importance-weighted ---------------------------------------------------------------------
+
+
+@pytest.mark.arviz
+@needs_twin
+@pytest.mark.parametrize(("shift", "width"), [(0.8, 1.0), (0.0, 2.0), (0.0, 0.6)])
+def test_weights_put_a_wrong_guide_right(engine: str, shift: float, width: float) -> None:
+    """k is below 0.7 where expectations under the weights are the posterior's, though the guide is not the posterior."""
+    found = linear(engine, shift, width)
+    assert not found.agree().any()
+    assert found.agree(weighted=True).all()
+    if width < 1:
+        return  # k = 0.64: below 0.7, and the weights' variance is infinite
+    assert (found.k_hat < 0.7).all()
+    share = np.exp(-2 * shift**2) * (2 * width**2 - 1) / width**4  # effective of 16,000 draws: Gaussian integrals of w²
+    nuts, weighted = 1 / found.nuts_ess["z"].min(axis=1), 1 / 1600 + 1 / (16_000 * share)
+    assert (found.weighted_energy_distance < 10 * 0.5 * (nuts + weighted)).all()
+    z = found.weighted["posterior"]["z"].values
+    near(z, MEAN)
+    centred = z - MEAN
+    near(centred[..., :, None] * centred[..., None, :], np.broadcast_to(COVARIANCE, (4, 2, 2)))
+    assert (np.abs(found.mean_error - shift) < 4 * np.sqrt(nuts + width**2 / 1600)).all()
+    assert (found.weighted_mean_error < 4 * np.sqrt(nuts + weighted)).all()
+    said = " ".join(found.verdict)
+    assert "Guide and NUTS agree for 0 of 4 data: 0 of the 4 whose k̂ is at most 0.7" in said
+    assert "By their importance weights, the guide's draws agree for 4 of 4 data: 4 of the 4 whose k̂" in said
+
+
+@pytest.mark.numpyro
+def test_weights_cannot_reach_where_no_draw_is() -> None:
+    """Draws that end at 0.6 standard deviations from the mean: no weights make the posterior of them, and k̂ says so."""
+    found = linear("numpyro", 0.0, 0.15)
+    assert (found.k_hat > 0.7).all()
+    assert not found.agree().any()
+    assert not found.agree(weighted=True).any()
+    assert (found.weighted_energy_distance < found.energy_distance).all(), "they help as far as they go"
+
+
+@pytest.mark.numpyro
+@pytest.mark.parametrize("width", [0.15, 0.35, 0.6])
+def test_k_hat_is_that_of_the_weights(width: float) -> None:
+    """In two dimensions the log weights are exponential, so the weights Pareto: k = 1 - width²."""
+    found, k = linear("numpyro", 0.0, width), 1 - width**2
+    np.testing.assert_allclose(found.k_hat, k, atol=4 * (1 + k) / np.sqrt(tail_size(16_000)))
+
+
+@pytest.mark.arviz
+def test_the_weighted_distance_against_scipy() -> None:
+    """SciPy's energy distance takes weights, here ArviZ's smoothed ones; ours is of draws resampled by our own."""
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(1500, 1)), rng.normal(0.5, 0.7, size=(20_000, 1))
+    log_weight = stats.norm.logpdf(y[:, 0]) - stats.norm.logpdf(y[:, 0], 0.5, 0.7)
+    if OLD:
+        smooth, _ = arviz.psislw(log_weight.copy())
+    else:
+        from arviz_stats.base import array_stats  # pyright: ignore[reportMissingImports]
+
+        smooth, _ = array_stats.psislw(-log_weight)
+    want = stats.energy_distance(x[:, 0], y[:, 0], v_weights=np.exp(smooth)) ** 2
+    ours = [
+        energy_distance(x, y[resampled(pareto_smooth(log_weight), np.random.default_rng(seed), 3000)])
+        for seed in range(20)
+    ]
+    plain = stats.energy_distance(x[:, 0], y[:, 0]) ** 2
+    assert plain > 20 * want
+    assert np.mean(ours) == pytest.approx(want, abs=4 * stats.sem(ours) + 2 / 3000)
+
+
+def test_the_draws_that_are_weighted_are_the_guides(engine: str) -> None:
+    """Made twice from equal seeds: each is one of its own datum's, and the sites of one draw stay together."""
+    options = {"num_warmup": 10, "num_draws": 20, "num_chains": 2, "oversample": 1}
+    model, guide = wide_pair(engine)
+    found = ground_truth(wrapped(engine, model, guide), own_data(), **options)
+    sets = []
+    for tree in (found.guide, found.weighted):
+        posterior = tree["posterior"]
+        s, z = (posterior[name].values.reshape(40, 2, -1) for name in ("s", "z"))
+        sets.append([{tuple(row) for row in np.round(np.concatenate([s, z], axis=-1)[:, i], 9)} for i in range(2)])
+    for guide_draws, weighted in zip(*sets, strict=True):
+        assert len(guide_draws) == 40
+        assert weighted <= guide_draws
+        assert 1 < len(weighted) < 40
+    weight = np.exp(found.guide["sample_stats"]["log_weight"].values.reshape(40, 2))
+    np.testing.assert_allclose(found.guide["sample_stats"]["ess"], weight.sum(0) ** 2 / (weight**2).sum(0))
+
+
+def wide_pair(engine: str) -> tuple[Any, Any]:
+    """The model of :func:`own` and a guide that is wider than the posterior."""
+    lib, (model, _) = library(engine), own_pair(engine)
+
+    def guide(x: Any, y: Any) -> None:
+        with lib.plate("data", len(x), dim=-1):
+            lib.sample("s", lib.dist.LogNormal(x / 2, 1.2))
+            lib.sample("z", lib.dist.Normal(y / 2, 1.2).to_event(1))
+
+    return model, guide
+
+
+def test_weights_that_all_vanish_correct_nothing(engine: str) -> None:
+    lib = library(engine)
+
+    def model(x: Any) -> None:
+        with lib.plate("data", len(x), dim=-1):
+            z = lib.sample("z", lib.dist.Normal(lib.array(np.zeros(len(x))), 1.0))
+            lib.sample("x", lib.dist.Normal(lib.xp.exp(z), 1.0), obs=x)
+
+    def guide(x: Any) -> None:
+        with lib.plate("data", len(x), dim=-1):
+            lib.sample("z", lib.dist.Normal(900.0 + x, 1.0))  # exp(900) is infinite
+
+    options = {"num_warmup": 20, "num_draws": 20, "num_chains": 2}
+    found = ground_truth(wrapped(engine, model, guide), np.array([1.0, 2.0]), **options)
+    assert np.isnan(found.k_hat).all()
+    assert not found.agree(weighted=True).any()
+    assert (found.weighted["posterior"]["z"] > 800).all()
 
 
 @cache
@@ -159,7 +281,7 @@ def test_the_floor_is_the_mean_over_ways_to_halve(draws: int) -> None:
     rng = np.random.default_rng(2)
     nuts, guide = rng.normal(size=(2, 2, draws, 3))
     nuts[1] += 0.5
-    found, floor = _distances(nuts, guide)
+    found, floor, mean_error = _distances(nuts, guide)
     scale = nuts.reshape(-1, 3).std(axis=0)
     blocks = [half / scale for chain in nuts for half in (chain[:15], chain[15:30])]
 
@@ -175,10 +297,11 @@ def test_the_floor_is_the_mean_over_ways_to_halve(draws: int) -> None:
     assert floor == pytest.approx(mean / (2 * others), rel=1e-9)
     energy, across = share(nuts.reshape(-1, 3) / scale, guide.reshape(-1, 3) / scale)
     assert found == pytest.approx(energy / across, rel=1e-9)
+    assert mean_error == pytest.approx(np.abs((nuts - guide).mean(axis=(0, 1)) / scale).max(), rel=1e-9)
 
 
 def test_latents_that_do_not_move_have_no_distance() -> None:
-    assert _distances(np.ones((2, 10, 1)), np.ones((2, 10, 1))) == (0.0, 0.0)
+    assert _distances(np.ones((2, 10, 1)), np.ones((2, 10, 1))) == (0.0, 0.0, 0.0)
 
 
 # --- what ArviZ gets --------------------------------------------------------------------------------------------
@@ -193,11 +316,12 @@ def test_groups_and_dims() -> None:
         "nuts": dict.fromkeys(("lp", "energy", "n_steps", "acceptance_rate", "step_size", "diverging"), dims),
         "guide": {"log_weight": dims, "pareto_k": dims[2:], "ess": dims[2:]},
     }
-    for which in ("nuts", "guide"):
-        tree = getattr(found, which)
-        assert set(tree.groups() if OLD else tree.children) == {"posterior", "sample_stats", "observed_data"}
+    for which in ("nuts", "guide", "weighted"):
+        tree, named = getattr(found, which), {"sample_stats"} if which in statistics else set()
+        assert set(tree.groups() if OLD else tree.children) == {"posterior", "observed_data"} | named
         assert tree["posterior"]["z"].dims == (*dims, "z_dim")
-        assert {name: v.dims for name, v in tree["sample_stats"].data_vars.items()} == statistics[which]
+        if named:
+            assert {name: v.dims for name, v in tree["sample_stats"].data_vars.items()} == statistics[which]
         np.testing.assert_array_equal(tree["observed_data"]["x"], X)
         assert tree.attrs["draws_of"] == which
     np.testing.assert_array_equal(found.guide["sample_stats"]["pareto_k"], found.k_hat)
@@ -231,6 +355,8 @@ def test_r_hat_is_arvizs() -> None:
     assert found.nuts_r_hat["z"][1, 1] == pytest.approx(float(arviz.rhat(one)))
     assert found.nuts_ess["z"][1, 1] == pytest.approx(float(arviz.ess(one)))
     assert found.r_hat["z"][1, 1] == pytest.approx(float(arviz.rhat(np.concatenate([one, two]))))
+    three = found.weighted["posterior"]["z"].values[..., 1, 1]
+    assert found.weighted_r_hat["z"][1, 1] == pytest.approx(float(arviz.rhat(np.concatenate([one, three]))))
 
 
 def test_what_it_says(engine: str) -> None:
@@ -238,9 +364,10 @@ def test_what_it_says(engine: str) -> None:
     said = found.summary()
     assert said["num_data"] == found.num_data
     assert said["agree"] == found.agree().sum()
+    assert said["weighted_agree"] == found.agree(weighted=True).sum()
     assert said["energy_distance_max"] == found.energy_distance.max()
     assert said["k_hat_max"] is None or np.isfinite(said["k_hat_max"])
-    assert "energy distance" in str(found)
+    assert all(word in str(found) for word in ("distance", "weighted", "k̂", "R-hat", "ESS"))
     assert found.verdict[0] in " ".join(str(found).split("\n"))
     for options, text in [({"energy": 2.0}, r"energy must lie in \[0, 1\]"), ({"r_hat": 1.0}, "r_hat must be")]:
         with pytest.raises(InvalidArgument, match=text):
@@ -251,6 +378,10 @@ def test_what_it_says(engine: str) -> None:
 
 
 def own(engine: str, size: int | None = None) -> Any:
+    return wrapped(engine, *own_pair(engine, size))
+
+
+def own_pair(engine: str, size: int | None = None) -> tuple[Any, Any]:
     """Two conjugate pairs, ``log s ~ N(0, 1), x ~ N(log s, 1)`` and ``z ~ N(0, I), y ~ N(z, I)``; the exact guide."""
     lib = library(engine)
 
@@ -269,7 +400,7 @@ def own(engine: str, size: int | None = None) -> Any:
             lib.sample("s", lib.dist.LogNormal(x / 2, 0.5**0.5))
             lib.sample("z", lib.dist.Normal(y / 2, 0.5**0.5).to_event(1))
 
-    return wrapped(engine, model, guide)
+    return model, guide
 
 
 def own_data() -> tuple[np.ndarray, np.ndarray]:
@@ -322,6 +453,8 @@ def test_pyro_sums_discrete_latents_out() -> None:
     assert list(found.nuts["posterior"].data_vars) == ["z"]
     near(found.nuts["posterior"]["z"].values, mean)
     assert not found.agree().any()
+    assert found.agree(weighted=True).all(), "the weights hold the discrete latent too"
+    assert list(found.weighted["posterior"].data_vars) == ["z"]
 
 
 @pytest.mark.numpyro
@@ -367,6 +500,7 @@ def test_bad_arguments_are_refused(engine: str) -> None:
         ({"num_warmup": 0}, "num_warmup must be a whole number of at least 1"),
         ({"num_draws": 9}, "num_draws must be a whole number of at least 10"),
         ({"num_chains": 1}, "num_chains must be a whole number of at least 2"),
+        ({"oversample": 0}, "oversample must be a whole number of at least 1"),
         ({"seed": -1}, "seed must be"),
     ]:
         with pytest.raises(InvalidArgument, match=text):
