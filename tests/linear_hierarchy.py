@@ -86,8 +86,8 @@ class LinearHierarchy:
         return out
 
 
-def encoder_weights(layers: list[Affine], full: bool) -> dict[str, np.ndarray]:
-    """Encoders without hidden layers whose locations are affine and whose scales are constants."""
+def encoder_weights(layers: list[Affine], full: bool = False, softplus: bool = False) -> dict[str, np.ndarray]:
+    """Encoders without hidden layers whose locations are affine and whose scales (or variances) are constants."""
     out = {}
     for i, (matrix, offset, covariance) in enumerate(layers):
         if full:
@@ -95,6 +95,8 @@ def encoder_weights(layers: list[Affine], full: bool) -> dict[str, np.ndarray]:
             np.fill_diagonal(tril, np.log(np.diag(tril)))
             rest = tril[np.tril_indices(len(offset))]
             assert (lower_triangle(len(offset))[np.tril_indices(len(offset))] == np.arange(len(rest))).all()
+        elif softplus:
+            rest = np.log(np.expm1(np.diag(covariance)))
         else:
             rest = 0.5 * np.log(np.diag(covariance))
         out[f"encoders.{i}.layers.0.weight"] = np.concatenate([matrix, np.zeros((len(rest), matrix.shape[1]))])

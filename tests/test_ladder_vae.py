@@ -45,7 +45,7 @@ def exact_program(request: pytest.FixtureRequest) -> Any:
     variance = 1 / (1 / top.covariance + 1)
     layers = [evidence(1), evidence(2), Affine(*(variance / top.covariance * part for part in top[:2]), variance)]
     layers[2] = layers[2]._replace(offset=layers[2].offset.reshape(1))
-    return program(request.param, SPEC, EXACT.decoder_weights() | encoder_weights(layers, full=False))
+    return program(request.param, SPEC, EXACT.decoder_weights() | encoder_weights(layers, softplus=True))
 
 
 @pytest.mark.parametrize("bound", BOUNDS, ids=lambda b: repr(b).split(", gradient")[0])
@@ -76,7 +76,7 @@ def test_the_gap_of_any_linear_ladder_is_the_kl_of_two_joint_gaussians(engine: s
         assert q is not None
         gap.append(kl(q, WIDE.posterior(x)))
     spec = LadderVAE(5, WIDE.dims, (1, 1, 1), depth=0, normalization="none", likelihood=Gaussian(scale=0.6))
-    found = program(engine, spec, WIDE.decoder_weights() | encoder_weights(layers, full=False))
+    found = program(engine, spec, WIDE.decoder_weights() | encoder_weights(layers, softplus=True))
     for analytic in (False, True):
         gaps = WIDE.log_evidence(X) - found.apply(log_weight, (X,), num_particles=4000, seed=2, analytic_kl=analytic)
         error = gaps.std(axis=0, ddof=1) / len(gaps) ** 0.5

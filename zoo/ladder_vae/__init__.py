@@ -14,8 +14,8 @@ class LadderVAE(Hierarchy):
     r"""The hierarchical model with a top-down guide that merges evidence with the prior by precision.
 
     The model is :class:`~elbozoo.zoo.HierarchicalVAE`'s. The guide first climbs without drawing,
-    ``d_l = MLP_l(d_{l-1})``, ``d_0 = x``, with a location and a scale of evidence ``(m_l, s_l)`` on every rung; then it
-    draws from the top, where it shares the model's ``p(z_l | z_{l+1}) = N(mu_l, sigma_l^2)``:
+    ``d_l = MLP_l(d_{l-1})``, ``d_0 = x``, with a location and a variance of evidence ``(m_l, s_l^2 = softplus(.))`` on
+    every rung; then it draws from the top, where it shares the model's ``p(z_l | z_{l+1}) = N(mu_l, sigma_l^2)``:
 
     .. math:: q(z_L|x) = N(m_L, s_L^2),\qquad
         q(z_l | z_{l+1}, x) = N\Big(\frac{m_l s_l^{-2} + \mu_l \sigma_l^{-2}}{s_l^{-2} + \sigma_l^{-2}},
@@ -45,8 +45,7 @@ class LadderVAE(Hierarchy):
         InvalidArgument: no layer, or ``hidden`` of another length than ``latent_dims``.
 
     Limits: L = 1 is a VAE with a diagonal Gaussian guide. The defaults are Sønderby et al.'s five layers, with layer
-    normalisation where they have batch normalisation (see ``docs/design/0004-hierarchies.md``) and exponentials where
-    they have softplus.
+    normalisation where they have batch normalisation (see ``docs/design/0004-hierarchies.md``).
 
     References: Sønderby, Raiko, Maaløe, Sønderby & Winther 2016, Ladder variational autoencoders, arXiv 1602.02282,
         eqs. 10-16.

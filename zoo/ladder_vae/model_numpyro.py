@@ -24,19 +24,19 @@ class Model(hierarchical.Model):
     spec: LadderVAE
 
     def climb(self, x: ArrayLike) -> list[tuple[Array, Array]]:
-        """Location and log scale of the evidence on every rung, next to the data first: the guide's."""
+        """Location and variance of the evidence on every rung, next to the data first: the guide's."""
         features, evidence = jnp.asarray(x), []
         for i, (architecture, sizes) in enumerate(zip(self.spec.networks, self.spec.encoder_sizes, strict=True)):
             build = partial(architecture.form("numpyro", "Rung"), architecture, *sizes)
             outputs, features = network(f"{self.prefix}encoders.{i}", build)(features)
-            loc, log_scale = jnp.split(outputs, 2, -1)
-            evidence.append((loc, log_scale))
+            loc, raw = jnp.split(outputs, 2, -1)
+            evidence.append((loc, jax.nn.softplus(raw)))
         return evidence
 
     def encode(self, x: ArrayLike) -> dist.Distribution:
         """q(z_L | x), which a prior may be made of."""
-        loc, log_scale = self.climb(x)[-1]
-        return dist.Normal(loc, jnp.exp(log_scale)).to_event(1)
+        loc, variance = self.climb(x)[-1]
+        return dist.Normal(loc, jnp.sqrt(variance)).to_event(1)
 
     def prior_distribution(self) -> dist.Distribution:
         """p(z_L), with batch shape () and event shape (latent_dims[-1],)."""
@@ -52,10 +52,10 @@ class Guide:
     def __call__(self, x: ArrayLike, size: int | None = None) -> Array:
         """Sample every z given x. Returns z_1 of shape (B, latent_dims[0])."""
         num_data, batch = plate_sizes(x, size, self.spec.data_dim)
-        *evidence, (loc, log_scale) = self.model.climb(x)
+        *evidence, (loc, variance) = self.model.climb(x)
         with numpyro.plate("data", num_data, subsample_size=batch, dim=-1):
             top = len(self.spec.latent_dims)
-            z = numpyro.sample(f"z{top}", dist.Normal(loc, jnp.exp(log_scale)).to_event(1))
+            z = numpyro.sample(f"z{top}", dist.Normal(loc, jnp.sqrt(variance)).to_event(1))
             for layer in range(top - 1, 0, -1):
                 q = merge(evidence[layer - 1], self.model.conditional(layer, z))
                 z = numpyro.sample(f"z{layer}", q)
@@ -63,7 +63,7 @@ class Guide:
 
 
 def merge(evidence: tuple[Array, Array], prior: tuple[Array, Array]) -> dist.Distribution:
-    """The normalised product of two diagonal Gaussians, given by locations and log scales."""
-    (m, log_s), (mu, log_sigma) = evidence, prior
-    loc = mu + jax.nn.sigmoid(2.0 * (log_sigma - log_s)) * (m - mu)
-    return dist.Normal(loc, jnp.exp(-0.5 * jnp.logaddexp(-2.0 * log_s, -2.0 * log_sigma))).to_event(1)
+    """The normalised product of two diagonal Gaussians, by location and variance, and by location and log scale."""
+    (m, variance), (mu, log_scale) = evidence, prior
+    share = 1.0 / (1.0 + variance * jnp.exp(-2.0 * log_scale))
+    return dist.Normal(mu + share * (m - mu), jnp.sqrt(share * variance)).to_event(1)

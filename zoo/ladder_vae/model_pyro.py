@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from elbozoo.zoo.hierarchical_vae import model_pyro as hierarchical
 from elbozoo.zoo.ladder_vae import LadderVAE
+from elbozoo.zoo.networks.networks_pyro import ACTIVATIONS
 from elbozoo.zoo.spec import plate_sizes
 
 
@@ -23,8 +24,8 @@ class Model(hierarchical.Model):
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z_L | x): the guide's, for a prior that is made of it."""
-        loc, log_scale = climb(self.encoders, x)[-1]
-        return dist.Normal(loc, log_scale.exp()).to_event(1)
+        loc, variance = climb(self.encoders, x)[-1]
+        return dist.Normal(loc, variance.sqrt()).to_event(1)
 
     def prior_distribution(self) -> dist.TorchDistribution:
         """p(z_L), with batch shape () and event shape (latent_dims[-1],)."""
@@ -45,10 +46,10 @@ class Guide(PyroModule):
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """Sample every z given x. Returns z_1 of shape (B, latent_dims[0])."""
         num_data, batch = plate_sizes(x, size, self.spec.data_dim)
-        *evidence, (loc, log_scale) = climb(self.encoders, x)
+        *evidence, (loc, variance) = climb(self.encoders, x)
         with pyro.plate("data", num_data, subsample=torch.arange(batch), dim=-1):
             top = len(self.spec.latent_dims)
-            z = pyro.sample(f"z{top}", dist.Normal(loc, log_scale.exp()).to_event(1))
+            z = pyro.sample(f"z{top}", dist.Normal(loc, variance.sqrt()).to_event(1))
             for layer in range(top - 1, 0, -1):
                 q = merge(evidence[layer - 1], self.conditional(layer, z))
                 z = pyro.sample(f"z{layer}", q)
@@ -62,17 +63,17 @@ def rungs(spec: LadderVAE) -> nn.ModuleList:
 
 
 def climb(encoders: nn.ModuleList, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Location and log scale of the evidence on every rung, next to the data first."""
+    """Location and variance of the evidence on every rung, next to the data first."""
     features, evidence = x, []
     for encoder in encoders:
         outputs, features = encoder(features)
-        loc, log_scale = outputs.chunk(2, -1)
-        evidence.append((loc, log_scale))
+        loc, raw = outputs.chunk(2, -1)
+        evidence.append((loc, ACTIVATIONS["softplus"](raw)))
     return evidence
 
 
 def merge(evidence: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor]) -> dist.TorchDistribution:
-    """The normalised product of two diagonal Gaussians, given by locations and log scales."""
-    (m, log_s), (mu, log_sigma) = evidence, prior
-    loc = mu + torch.sigmoid(2.0 * (log_sigma - log_s)) * (m - mu)
-    return dist.Normal(loc, torch.exp(-0.5 * torch.logaddexp(-2.0 * log_s, -2.0 * log_sigma))).to_event(1)
+    """The normalised product of two diagonal Gaussians, by location and variance, and by location and log scale."""
+    (m, variance), (mu, log_scale) = evidence, prior
+    share = 1.0 / (1.0 + variance * torch.exp(-2.0 * log_scale))
+    return dist.Normal(mu + share * (m - mu), torch.sqrt(share * variance)).to_event(1)
