@@ -1,11 +1,12 @@
 """Where do the upper layers of a hierarchical VAE die, and what revives them? L = 1 … 5 on MNIST, 4 seeds a cell.
 
-Cells: L × {bottom-up, ladder} × {plain, warm-up}, and for L = 5 free bits, free bits with warm-up, and a warm-up of one
-layer after another. Bottom-up is ``HierarchicalVAE``, ladder ``LadderVAE``: the same decoders, data, steps and optimiser;
-only the guide differs. For L = 1 the two are one model but for a scale's parameters, and the first is trained. Latents
-64-32-16-8-4 and two hidden layers below each, as Sønderby et al. (2016), with narrower layers (128-64-48-32-24 units for
-their 512-256-128-64-32), layer for batch normalisation, and Adam at 5e-4 for 2e-4. Pixels are redrawn at every step with
-the grey value as mean. Warm-ups take 7/8 of the run (in the paper a tenth of one that is many times longer).
+Cells: L × {bottom-up, ladder} × {plain, warm-up}, and for L = 5 free bits, free bits with warm-up, and a warm-up of
+one layer after another. Bottom-up is ``HierarchicalVAE``, ladder ``LadderVAE``: the same decoders, data, steps and
+optimiser; only the guide differs. For L = 1 the two are one model but for a scale's parameters, and the first is
+trained. Latents 64-32-16-8-4 and two hidden layers below each, as Sønderby et al. (2016), with narrower layers
+(128-64-48-32-24 units for their 512-256-128-64-32), layer for batch normalisation, and Adam at 5e-4 for 2e-4. Pixels
+are redrawn at every step with the grey value as mean. Warm-ups take 7/8 of the run (in the paper a tenth of one that
+is many times longer).
 
 Reported for each seed: NLL with K importance samples on held-out images (one binary draw of each, the same for all),
 nats and active units of each layer. The default is a small share of the paper's 2000 epochs, stated in each cell;

@@ -38,7 +38,7 @@ from numpyro.util import check_model_guide_match
 from elbozoo.inference.arrays import plates_first
 from elbozoo.inference.errors import InvalidArgument, Refused, must
 from elbozoo.inference.objectives import Objective
-from elbozoo.inference.terms import Site, Terms, check_made_of, own_parameters
+from elbozoo.inference.terms import Site, Terms, check_drawn_for, check_made_of, own_parameters
 from elbozoo.inference.weights import from_torch_layout, to_torch_layout
 
 _STEP = "elbozoo_step"
@@ -59,6 +59,18 @@ class _Assign(Messenger):
         if msg["type"] == "sample" and not msg["is_observed"] and msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
             msg["intermediates"] = None
+
+
+class _ChecksShapes(Messenger):
+    """Refuses a latent value of the guide whose event shape is not the model's, before the model computes with it."""
+
+    def __init__(self, guide_trace: Any):
+        self.guide_trace = guide_trace
+        super().__init__(None)
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"] and msg["name"] in self.guide_trace:
+            check_drawn_for(msg["name"], jnp.shape(self.guide_trace[msg["name"]]["value"]), msg["fn"].event_shape)
 
 
 class _StopUnreparameterised(Messenger):
@@ -354,7 +366,8 @@ def particles(
             guide_trace = trace(substitute(seed(guide, guide_seed), data=guide_params)).get_trace(*args, **kwargs)
         mutable = {n: s["value"] for n, s in guide_trace.items() if s["type"] == "mutable"}
         bound_model = substitute(replay(seed(model, model_seed), guide_trace), data={**params, **mutable})
-        model_trace = trace(bound_model).get_trace(*args, **kwargs)
+        with _ChecksShapes(guide_trace):
+            model_trace = trace(bound_model).get_trace(*args, **kwargs)
         mutable |= {n: s["value"] for n, s in model_trace.items() if s["type"] == "mutable"}
         return model_trace, guide_trace, mutable
 
@@ -664,7 +677,8 @@ class Program:
         """Initial parameters (constrained), their constraints, and mutable values, from one run on ``args``."""
         model_seed, guide_seed = random.split(key)
         guide_trace = trace(seed(self.guide, guide_seed)).get_trace(*args)
-        model_trace = trace(replay(seed(self.model, model_seed), guide_trace)).get_trace(*args)
+        with _ChecksShapes(guide_trace):
+            model_trace = trace(replay(seed(self.model, model_seed), guide_trace)).get_trace(*args)
         params: Params = {}
         constraints: dict[str, Any] = {}
         mutable: Params = {}

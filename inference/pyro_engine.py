@@ -29,7 +29,7 @@ from torch.distributions import kl_divergence, transform_to
 from elbozoo.inference.arrays import plates_first
 from elbozoo.inference.errors import InvalidArgument, must
 from elbozoo.inference.objectives import Objective
-from elbozoo.inference.terms import Site, Terms, check_made_of, own_parameters
+from elbozoo.inference.terms import Site, Terms, check_drawn_for, check_made_of, own_parameters
 from elbozoo.inference.weights import check_names
 
 _PARTICLES = "num_particles_vectorized"  # the name Pyro's own losses give this plate
@@ -249,6 +249,8 @@ class _Replay(poutine.messenger.Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if not self.draw_first and msg["name"] in self.values and not msg["is_observed"]:
+            if not site_is_subsample(msg):
+                check_drawn_for(msg["name"], tuple(self.values[msg["name"]].shape), tuple(msg["fn"].event_shape))
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
     def _pyro_post_sample(self, msg: Any) -> None:

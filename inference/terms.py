@@ -103,6 +103,17 @@ def own_parameters(site: str, distribution: Any) -> list[str]:
     return sorted(found)
 
 
+def check_drawn_for(site: str, shape: tuple[int, ...], event_shape: tuple[int, ...]) -> None:
+    """Refuse a guide's value that is of another event shape than the model's site: before the model computes with it.
+
+    Raises: InvalidArgument.
+    """
+    drawn = tuple(shape)[len(shape) - len(event_shape) :]
+    if drawn != tuple(event_shape):
+        todo = "Build model and guide from one spec, or give their latents one shape"
+        raise must(f"the guide's site '{site}'", f"have the model's event shape {tuple(event_shape)}", drawn, todo)
+
+
 def check_made_of(site: str, cls: type, parameters: Mapping[str, Any]) -> None:
     """Refuse a distribution that takes more than its parameters (a temperature, a base).
 

@@ -172,3 +172,13 @@ def test_weights_of_other_layers_are_refused(engine: str) -> None:
         getattr(HierarchicalVAE(6, (4, 3), (5, 4)), engine)().with_weights(weights)
     with pytest.raises(InvalidArgument, match="must have shape"):
         getattr(HierarchicalVAE(6, (4, 3, 3), (5, 4, 3)), engine)().with_weights(weights)
+
+
+def test_a_guide_for_other_latents_is_refused(engine: str) -> None:
+    model, guide = (getattr(HierarchicalVAE(6, dims, (4, 4)), engine)() for dims in ((3, 2), (3, 3)))
+    mixed = type(model)(model.model, guide.guide)
+    message = (
+        r"the guide's site 'z2' must have the model's event shape \(2,\); got \(3,\)\. Build model and guide from one"
+    )
+    with pytest.raises(InvalidArgument, match=message):
+        fit(mixed, np.zeros((8, 6)), epochs=1, progress=False)
