@@ -171,7 +171,10 @@ class Diagnosis:
             )
         advice += [*self._advice_on_the_gap(), *self._advice_on_seeds()]
         if found.marginal_kl > LOOSE and found.marginal_kl > 0.1 * found.rate and not self._saturated:
-            advice.append("Next: a learned prior; samples from this one land where no datum's posterior is.")
+            advice.append(
+                "Next: a learned prior, or more components of one; samples from this one land where no datum's "
+                "posterior is."
+            )
         return advice or ["Nothing here says that another objective would help."]
 
     def _advice_on_seeds(self) -> list[str]:

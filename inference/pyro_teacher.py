@@ -15,7 +15,7 @@ from elbozoo.zoo.spec import plate_sizes
 def taught(program: Program, teacher: Teacher) -> Program:
     """A program that draws z from the teacher and has both p(x|z) and q(z|x), z being given, in its model.
 
-    Its ELBO is ``E[log p(x|z) + log q(z|x)]`` less the teacher's KL to the prior, which no parameter has a part in.
+    Its ELBO is ``E[log p(x|z) + log q(z|x)]`` less the teacher's KL to the prior: a constant if that is fixed.
     """
     pupil = _Taught(program.copy(), teacher)
     return Program(pupil.model, pupil.guide, program.spec, trained=True)
@@ -43,7 +43,7 @@ class _Taught(torch.nn.Module):
         num_data, batch = plate_sizes(x, size, self.data_dim)
         generative, amortised = self.__dict__["parts"]
         with pyro.plate("data", num_data, subsample=torch.arange(batch), dim=-1):
-            z = pyro.sample("z", dist.Normal(torch.zeros_like(self.teacher_bias), 1.0).to_event(1))
+            z = pyro.sample("z", generative.prior_distribution())
             pyro.sample("x", generative.decode(z), obs=x)
             pyro.sample("guide", amortised.encode(x), obs=z)
 

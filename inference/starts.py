@@ -96,7 +96,9 @@ class PPCA(Start):
     ``t(z|x) = N(M^{-1} W^T (x - b), σ² M^{-1})``, diagonal since W's columns are orthogonal, and a phase fits guide and
     model to it by maximising
 
-    .. math:: E_{z \sim t(z|x)} [\log p(x|z) + \log q(z|x)]
+    .. math:: E_{z \sim t(z|x)} [\log p(x|z) + \log q(z|x) + \log p(z)]
+
+    So a learned prior is fitted to the teacher's aggregate posterior, which has the moments of N(0, I).
 
     Args:
         epochs: passes over the data, for a ``VAE``.

@@ -95,7 +95,8 @@ class VampPrior(Prior):
     standardise such data, or pseudo-inputs begin far from them.
 
     Shapes: z (latent_dim,). Units: nats (of a density). The KL to it has no closed form and is sampled; a density costs
-    num_components of q's, and every run of the model num_components encodings.
+    num_components of q's, and every run of the model num_components encodings. With 500 components, 50 latents and
+    batches of 128 that is most of a step's time on a CPU.
 
     Args:
         num_components: pseudo-inputs C.
