@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-MODULES = {"pyro": ("torch", "pyro"), "numpyro": ("jax", "numpyro", "flax", "optax")}
+MODULES = {"pyro": ("torch", "pyro", "zuko"), "numpyro": ("jax", "numpyro", "flax", "optax", "flowjax", "equinox")}
 engine = sys.argv[1]
 (other,) = set(MODULES) - {engine}
 

@@ -31,8 +31,8 @@ FROM_DATA = {"data_dim": None, "image_shape": "the data's", "levels": "the data'
 
 
 def command_name(cls: type) -> str:
-    """A class's name on the command line: ``AnnealedKL`` is annealed-kl, ``DReG`` is dreg."""
-    return re.sub(r"(?<=[a-z]{2})(?=[A-Z])", "-", cls.__name__).lower()
+    """A class's name on the command line: ``AnnealedKL`` is annealed-kl, ``DReG`` dreg, ``BoxOfTools`` box-of-tools."""
+    return re.sub(r"(?<=[a-z]{2})(?=[A-Z])|(?<=[a-z])(?=[A-Z][a-z]{2})", "-", cls.__name__).lower()
 
 
 def choices(kind: type) -> dict[str, type]:

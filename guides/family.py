@@ -15,5 +15,8 @@ class Family(Part):
     stem: ClassVar[str] = "guide"
 
     def num_outputs(self, latent_dim: int) -> int:
-        """Encoder outputs for a latent vector of ``latent_dim`` entries."""
+        """Encoder outputs for a latent vector of ``latent_dim`` entries.
+
+        Raises: InvalidArgument where the family has no member of that size.
+        """
         raise NotImplementedError

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from elbozoo.inference.errors import must
 
-ENGINES = {"pyro": ("torch", "pyro"), "numpyro": ("jax", "numpyro", "flax", "optax")}
+ENGINES = {"pyro": ("torch", "pyro", "zuko"), "numpyro": ("jax", "numpyro", "flax", "optax", "flowjax", "equinox")}
 """Each engine, and the modules its extra installs."""
 
 

@@ -20,7 +20,10 @@ import elbozoo
 
 ROOT = Path(elbozoo.__file__).parents[1]
 LINKED = ("benchmarks", "guides", "inference", "zoo")
-ENGINES = {"pyro": ("torch", "pyro"), "numpyro": ("jax", "jaxlib", "numpyro", "flax", "optax")}
+ENGINES = {
+    "pyro": ("torch", "pyro", "zuko"),
+    "numpyro": ("jax", "jaxlib", "numpyro", "flax", "optax", "flowjax", "equinox"),
+}
 
 checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="elbozoo is installed, not checked out")
 

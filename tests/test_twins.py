@@ -19,7 +19,15 @@ import pytest
 
 import elbozoo.guides
 import elbozoo.zoo
-from elbozoo.guides import DiagonalGaussian, Family, FullCovarianceGaussian
+from elbozoo.guides import (
+    DiagonalGaussian,
+    Family,
+    FullCovarianceGaussian,
+    InverseAutoregressiveFlow,
+    LowRankGaussian,
+    MixtureOfGaussians,
+    NeuralSplineFlow,
+)
 from elbozoo.inference.errors import InvalidArgument
 from elbozoo.inference.parts import Part
 from elbozoo.inference.weights import from_torch_layout, to_torch_layout
@@ -67,6 +75,13 @@ LIKELIHOODS = (
 )
 PRIORS = (StandardNormal(), MixturePrior(num_components=3), VampPrior(num_components=4))
 NETWORKS = (MLP(hidden=(5, 4)), Conv(image_shape=(2, 4, 2), channels=(3,), hidden=6, activation="tanh"))
+OTHER_GUIDES = (
+    LowRankGaussian(rank=2),
+    InverseAutoregressiveFlow(num_flows=2, flow_hidden=(4, 5), context_dim=3),
+    NeuralSplineFlow(num_flows=3, flow_hidden=(4, 5), context_dim=3, num_bins=4, bound=2.0),
+    MixtureOfGaussians(num_components=3),
+)
+"""One row each: what a guide is made of does not depend on the rest of the model."""
 SMALL = VAE(data_dim=16, latent_dim=3, network=MLP(hidden=(5,)))
 LINEAR = LinearVAE(data_dim=5, latent_dim=3, scale=0.6)
 
@@ -77,6 +92,7 @@ ROWS: list[Spec] = [
     replace(SMALL, network=MLP(hidden=(5, 4), normalization="layer")),
     *(replace(SMALL, prior=prior, guide=guide) for prior, guide in product(PRIORS[1:], GUIDES)),
     replace(SMALL, prior=VampPrior(num_components=4), likelihood=Gaussian(), network=NETWORKS[1]),
+    *(replace(SMALL, guide=guide) for guide in OTHER_GUIDES),
     *(replace(LINEAR, learn_scale=learn, guide=guide) for learn, guide in product((False, True), ("diagonal", "full"))),
 ]
 

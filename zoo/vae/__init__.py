@@ -68,6 +68,7 @@ class VAE(Spec):
         instance_of("prior", self.prior, Prior)
         self.network.check_data_dim(self.data_dim)
         self.likelihood.check_data_dim(self.data_dim)
+        self.guide.num_outputs(self.latent_dim)  # refuses what the family cannot be of
 
     def check(self, x: Any) -> None:
         self.likelihood.check(check_shape(x, self.data_dim))
