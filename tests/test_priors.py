@@ -17,7 +17,7 @@ from compile_once import as_users_run_it, compile_once  # noqa: F401
 from scipy import special, stats
 from test_starts import DATA, EIGENVALUES, MEAN, Falling, log_likelihood
 
-from elbozoo.guides import DiagonalGaussian, FullCovarianceGaussian
+from elbozoo.guides import DiagonalGaussian, FullCovarianceGaussian, NeuralSplineFlow
 from elbozoo.inference import (
     ELBO,
     IWAE,
@@ -42,6 +42,7 @@ from elbozoo.zoo import (
     Bernoulli,
     ContinuousBernoulli,
     DiscretizedLogistic,
+    FlowPrior,
     Gaussian,
     MixturePrior,
     Prior,
@@ -603,3 +604,47 @@ def test_a_vamp_prior_without_an_encoder_is_refused(engine: str) -> None:
                 prior()
         else:
             assert tuple(prior().event_shape) == (2,)
+
+
+# --- flows --------------------------------------------------------------------------------------------------------
+
+
+def log_prior(terms: Any) -> Any:
+    return terms.log_prior
+
+
+def flow_density(engine: str, prior: Prior, z: np.ndarray, seed: int = 3) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """``log p(z)`` of z (K, 2) under random weights, and the weights."""
+    spec = replace(SMALL, prior=prior)
+    weights = random_weights(spec, seed)
+    found = trained(engine, spec, weights).apply(log_prior, (standard_sample(1),), values={"z": z[:, None]})
+    return found[:, 0], weights
+
+
+def test_a_flow_prior_of_a_gaussian_is_one(engine: str) -> None:
+    z = np.random.default_rng(0).normal(size=(5, 2))
+    found, weights = flow_density(engine, FlowPrior(DiagonalGaussian()), z)
+    loc, log_scale = np.split(weights["prior.outputs"], 2)
+    np.testing.assert_allclose(found, stats.norm.logpdf(z, loc, np.exp(log_scale)).sum(-1), 1e-12)
+
+
+def test_a_flow_prior_integrates_to_one_and_is_none(engine: str) -> None:
+    """By the trapezoidal rule; and it is no Gaussian: its log density is not quadratic."""
+    axis, step = np.linspace(-14, 14, 561, retstep=True)
+    grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+    flow = NeuralSplineFlow(num_flows=2, flow_hidden=(4,), context_dim=2, num_bins=4)
+    found, _ = flow_density(engine, FlowPrior(flow), grid)
+    assert np.exp(found).sum() * step**2 == pytest.approx(1.0, abs=2e-3)
+    line = found.reshape(561, 561)[280]
+    third = np.diff(line[200:360], 3)
+    assert np.abs(third).max() > 1e-3
+
+
+def test_a_flow_prior_trains_under_every_estimator(engine: str) -> None:
+    x = standard_sample(200)
+    flow = FlowPrior(NeuralSplineFlow(num_flows=2, flow_hidden=(4,), context_dim=2))
+    spec = replace(SMALL, network=MLP(hidden=(8,)), prior=flow)
+    for objective in (ELBO(gradient=STL()), IWAE(3, gradient=DReG())):
+        run = fit(getattr(spec, engine)(), x, objective=objective, epochs=6, batch_size=50, progress=False)
+        assert run.history[-1]["bound"] > run.history[0]["bound"]
+        assert np.abs(run.weights["prior.outputs"]).max() > 0

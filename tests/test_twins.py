@@ -39,6 +39,7 @@ from elbozoo.zoo import (
     ContinuousBernoulli,
     Conv,
     DiscretizedLogistic,
+    FlowPrior,
     Gaussian,
     Likelihood,
     LinearVAE,
@@ -93,6 +94,7 @@ ROWS: list[Spec] = [
     *(replace(SMALL, prior=prior, guide=guide) for prior, guide in product(PRIORS[1:], GUIDES)),
     replace(SMALL, prior=VampPrior(num_components=4), likelihood=Gaussian(), network=NETWORKS[1]),
     *(replace(SMALL, guide=guide) for guide in OTHER_GUIDES),
+    *(replace(SMALL, prior=FlowPrior(guide)) for guide in OTHER_GUIDES[1:3]),
     *(replace(LINEAR, learn_scale=learn, guide=guide) for learn, guide in product((False, True), ("diagonal", "full"))),
 ]
 

@@ -15,7 +15,7 @@ from elbozoo.zoo.likelihoods import (
 )
 from elbozoo.zoo.linear_vae import LinearVAE
 from elbozoo.zoo.networks import MLP, Conv, Network
-from elbozoo.zoo.priors import MixturePrior, Prior, StandardNormal, VampPrior
+from elbozoo.zoo.priors import FlowPrior, MixturePrior, Prior, StandardNormal, VampPrior
 from elbozoo.zoo.spec import Spec
 from elbozoo.zoo.vae import VAE
 
@@ -27,6 +27,7 @@ __all__ = [
     "ContinuousBernoulli",
     "Conv",
     "DiscretizedLogistic",
+    "FlowPrior",
     "Gaussian",
     "HierarchicalVAE",
     "LadderVAE",

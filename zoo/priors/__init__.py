@@ -15,10 +15,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from elbozoo.guides import Family, NeuralSplineFlow
 from elbozoo.inference.errors import must
-from elbozoo.inference.parts import Part, whole_number
+from elbozoo.inference.parts import Part, instance_of, whole_number
 
-__all__ = ["MixturePrior", "Prior", "StandardNormal", "VampPrior"]
+__all__ = ["FlowPrior", "MixturePrior", "Prior", "StandardNormal", "VampPrior"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,36 @@ class MixturePrior(Prior):
 
     def __post_init__(self) -> None:
         whole_number("num_components", self.num_components)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowPrior(Prior):
+    """A learned flow: a guide family whose parameters are constants, ``p(z) = family(z; outputs)``.
+
+    With :class:`~elbozoo.guides.NeuralSplineFlow`, z is a standard normal moved by monotonic splines, coupling by
+    coupling; densities and draws both take one pass.
+
+    Parameters: ``prior.outputs`` (family's number of outputs,), from 0, in the place of an encoder's outputs;
+    ``prior.flow.*``, as the family's own.
+
+    Shapes: z (latent_dim,). Units: nats (of a density). The KL to it has no closed form and is sampled.
+
+    Args:
+        flow: the family; an :class:`~elbozoo.guides.InverseAutoregressiveFlow` takes a pass an entry for each density.
+
+    References:
+        Chen et al. 2017, Variational lossy autoencoder, arXiv 1611.02731, section 3.2; the splines: Durkan et al. 2019,
+        Neural spline flows, arXiv 1906.04032.
+
+    Example:
+        >>> FlowPrior().flow.num_outputs(latent_dim=2) > 0
+        True
+    """
+
+    flow: Family = dataclasses.field(default_factory=NeuralSplineFlow)
+
+    def __post_init__(self) -> None:
+        instance_of("flow", self.flow, Family)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,15 @@ class MixturePrior(nnx.Module):
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits[...]), components)
 
 
+class FlowPrior(nnx.Module):
+    def __init__(self, spec: specs.FlowPrior, latent_dim: int, data_dim: int, unit_interval: bool, rngs: nnx.Rngs):
+        self.outputs = nnx.Param(jnp.zeros(spec.flow.num_outputs(latent_dim)))
+        self.flow = spec.flow.form("numpyro")(spec.flow, latent_dim, rngs)
+
+    def __call__(self, encode: Encode | None = None) -> dist.Distribution:
+        return self.flow(self.outputs[...])
+
+
 class VampPrior(nnx.Module):
     def __init__(self, spec: specs.VampPrior, latent_dim: int, data_dim: int, unit_interval: bool, rngs: nnx.Rngs):
         self.spec, self.unit_interval = spec, unit_interval

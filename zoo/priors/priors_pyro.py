@@ -39,6 +39,16 @@ class MixturePrior(nn.Module):
         return Mixture(dist.Categorical(logits=self.logits), components)
 
 
+class FlowPrior(nn.Module):
+    def __init__(self, spec: specs.FlowPrior, latent_dim: int, data_dim: int, unit_interval: bool):
+        super().__init__()
+        self.outputs = nn.Parameter(torch.zeros(spec.flow.num_outputs(latent_dim)))
+        self.flow = spec.flow.form("pyro")(spec.flow, latent_dim)
+
+    def forward(self, encode: Encode | None = None) -> TorchDistribution:
+        return self.flow(self.outputs)
+
+
 class VampPrior(nn.Module):
     def __init__(self, spec: specs.VampPrior, latent_dim: int, data_dim: int, unit_interval: bool):
         super().__init__()
