@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
@@ -25,19 +26,31 @@ class Model:
         self.Likelihood = spec.likelihood.form("numpyro")
         self.Decoder = spec.network.form("numpyro", "Decoder")
 
-    def decode(self, z: ArrayLike) -> dist.Distribution:
-        """p(x | z) for z of shape (..., latent_dim); its mean is the reconstruction."""
+    def conditional(self) -> Callable[[ArrayLike], dist.Distribution]:
+        """p(x | z) as a function of z; the parameters' sites are made here."""
         sizes = (self.spec.latent_dim, self.num_outputs)
         likelihood = network(self.prefix + "likelihood", partial(self.Likelihood, self.spec.likelihood))
         decoder = network(self.prefix + "decoder", partial(self.Decoder, self.spec.network, *sizes))
-        return likelihood(decoder(z))
+        return lambda z: likelihood(decoder(z))
+
+    def decode(self, z: ArrayLike) -> dist.Distribution:
+        """p(x | z) for z of shape (..., latent_dim); its mean is the reconstruction."""
+        return self.conditional()(z)
+
+    def prior(self) -> dist.Distribution:
+        """p(z)."""
+        return dist.Normal(jnp.zeros(self.spec.latent_dim), 1.0).to_event(1)
+
+    def log_joint(self, x: ArrayLike) -> Callable[[ArrayLike], Array]:
+        """``log p(x, z)`` as a function of z of shape (..., latent_dim), for a guide that climbs it."""
+        prior, conditional = self.prior(), self.conditional()
+        return lambda z: prior.log_prob(z) + conditional(z).log_prob(x)
 
     def __call__(self, x: ArrayLike | None = None, size: int | None = None) -> Array:
         """Sample z and x, or score x; without x draw ``size`` data. Returns x of shape (B, data_dim)."""
         num_data, batch = plate_sizes(x, size, self.spec.data_dim)
-        loc = jnp.zeros(self.spec.latent_dim)
         with numpyro.plate("data", num_data, subsample_size=batch, dim=-1):
-            z = numpyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+            z = numpyro.sample("z", self.prior())
             return numpyro.sample("x", self.decode(z), obs=x)
 
 
@@ -45,7 +58,7 @@ class Guide:
     """q(z | x)."""
 
     def __init__(self, spec: VAE, model: Model, name: str = ""):
-        self.spec, self.name = spec, name
+        self.spec, self.name, self.log_joint = spec, name, model.log_joint
         self.prefix = f"{name}." if name else ""
         self.num_outputs = spec.guide.num_outputs(spec.latent_dim)
         self.Posterior = spec.guide.form("numpyro")
@@ -56,7 +69,8 @@ class Guide:
         sizes = (self.spec.data_dim, self.num_outputs)
         posterior = network(self.prefix + "posterior", partial(self.Posterior, self.spec.guide, self.spec.latent_dim))
         encoder = network(self.prefix + "encoder", partial(self.Encoder, self.spec.network, *sizes))
-        return posterior(encoder(x))
+        log_joint = (self.log_joint(x),) if self.spec.guide.uses_log_joint else ()
+        return posterior(encoder(x), *log_joint)
 
     def __call__(self, x: ArrayLike, size: int | None = None) -> Array:
         """Sample z given x. Returns z of shape (B, latent_dim)."""

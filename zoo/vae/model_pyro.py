@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, pyro_method
 from torch import Tensor
 
 from elbozoo.zoo.spec import plate_sizes
@@ -26,12 +28,21 @@ class Model(PyroModule):
         """p(x | z) for z of shape (..., latent_dim); its mean is the reconstruction."""
         return self.likelihood(self.decoder(z))
 
+    def prior(self) -> dist.TorchDistribution:
+        """p(z)."""
+        return dist.Normal(next(self.parameters()).new_zeros(self.spec.latent_dim), 1.0).to_event(1)
+
+    @pyro_method
+    def log_joint(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """``log p(x, z)`` as a function of z of shape (..., latent_dim), for a guide that climbs it."""
+        prior, decoder, likelihood = self.prior(), self.decoder, self.likelihood
+        return lambda z: prior.log_prob(z) + likelihood(decoder(z)).log_prob(x)
+
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """Sample z and x, or score x; without x draw ``size`` data. Returns x of shape (B, data_dim)."""
         num_data, batch = plate_sizes(x, size, self.spec.data_dim)
-        loc = next(self.parameters()).new_zeros(self.spec.latent_dim)
         with pyro.plate("data", num_data, subsample=torch.arange(batch), dim=-1):
-            z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+            z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.decode(z), obs=x)
 
 
@@ -40,14 +51,15 @@ class Guide(PyroModule):
 
     def __init__(self, spec: VAE, model: Model, name: str = ""):
         super().__init__(name)
-        self.spec = spec
+        self.spec, self.log_joint = spec, model.log_joint
         num_outputs = spec.guide.num_outputs(spec.latent_dim)
         self.posterior = spec.guide.form("pyro")(spec.guide, spec.latent_dim)
         self.encoder = spec.network.form("pyro", "Encoder")(spec.network, spec.data_dim, num_outputs)
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x) for x of shape (..., data_dim)."""
-        return self.posterior(self.encoder(x))
+        log_joint = (self.log_joint(x),) if self.spec.guide.uses_log_joint else ()
+        return self.posterior(self.encoder(x), *log_joint)
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """Sample z given x. Returns z of shape (B, latent_dim)."""
