@@ -10,6 +10,7 @@ from elbozoo.guides.inverse_autoregressive_flow import InverseAutoregressiveFlow
 from elbozoo.guides.low_rank_gaussian import LowRankGaussian
 from elbozoo.guides.mixture_of_gaussians import MixtureOfGaussians
 from elbozoo.guides.neural_spline_flow import NeuralSplineFlow
+from elbozoo.guides.semi_amortised import SemiAmortised
 
 __all__ = [
     "DiagonalGaussian",
@@ -19,4 +20,5 @@ __all__ = [
     "LowRankGaussian",
     "MixtureOfGaussians",
     "NeuralSplineFlow",
+    "SemiAmortised",
 ]

@@ -14,6 +14,9 @@ class Family(Part):
 
     stem: ClassVar[str] = "guide"
 
+    uses_log_joint: ClassVar[bool] = False
+    """Whether its form is called with ``log p(x, z)``, as a function of z (..., D) to (...), after the outputs."""
+
     def num_outputs(self, latent_dim: int) -> int:
         """Encoder outputs for a latent vector of ``latent_dim`` entries.
 

@@ -355,7 +355,7 @@ def particles(
     Returns: the :class:`Terms`, with shapes ``(K, *P)``.
     """
     kwargs = dict(kwargs or {})
-    particle_dim, guide_modules = None, owners(guide)
+    particle_dim, guide_modules, modules = None, owners(guide), owners(model, guide)
     if num_particles > 1 and nesting is not None:
         particle_dim = -1 - nesting
         plate = pyro.plate(_PARTICLES, num_particles, dim=particle_dim)
@@ -394,8 +394,8 @@ def particles(
             for k, run in enumerate(runs):
                 _hook(run, ratio if particle_dim is not None else ratio[k], layout, particle_dim)
         with ExitStack() as stack:
-            for run in runs:
-                stack.enter_context(_frozen_parameters(run.guide_trace, guide_modules))
+            for run in runs:  # the model's too: a guide may share them, under names that the store has for others
+                stack.enter_context(_frozen_parameters(run.guide_trace, modules))
             traces = [rerun_guide(r, r.aliases) for r in runs]
             # here, for a flow reads its parameters now; the model's densities outside, for it may share them
             densities = [{n: _log_prob(s, layout, particle_dim) for n, s in _samples(t).items()} for t in traces]

@@ -11,12 +11,14 @@ from scipy import special, stats
 
 from elbozoo.guides import (
     Family,
+    FullCovarianceGaussian,
     InverseAutoregressiveFlow,
     LowRankGaussian,
     MixtureOfGaussians,
     NeuralSplineFlow,
+    SemiAmortised,
 )
-from elbozoo.inference import ELBO, IWAE, STL, DReG, Objective, Pathwise
+from elbozoo.inference import ELBO, IWAE, STL, DReG, Objective, Pathwise, evaluate
 from elbozoo.inference.errors import InvalidArgument
 from elbozoo.inference.weights import from_torch_layout
 from elbozoo.zoo import MLP, VAE, Gaussian
@@ -25,6 +27,7 @@ IAF = InverseAutoregressiveFlow(num_flows=2, flow_hidden=(6, 5), context_dim=3)
 NSF = NeuralSplineFlow(num_flows=2, flow_hidden=(6,), context_dim=3, num_bins=4, bound=2.0)
 FLOWS = (IAF, NSF)
 FAMILIES = (LowRankGaussian(rank=1), IAF, NSF, MixtureOfGaussians(num_components=3))
+TRAINED = (*FAMILIES, SemiAmortised(steps=2, num_points=2))
 
 
 class Posterior:
@@ -281,7 +284,7 @@ def test_sticking_the_landing_at_an_exact_posterior_of_a_flow(engine: str) -> No
     assert max(abs(missed[n]).max() for n in guide) > 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize("family", TRAINED, ids=lambda f: type(f).__name__)
 def test_every_parameter_gets_a_finite_gradient_under_dreg(engine: str, family: Family) -> None:
     spec = VAE(5, 3, MLP(hidden=(4,)), Gaussian(0.5), family)
     program = spec.pyro() if engine == "pyro" else spec.numpyro()
@@ -300,7 +303,7 @@ def test_every_parameter_gets_a_finite_gradient_under_dreg(engine: str, family: 
 
 
 @pytest.mark.pyro
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize("family", TRAINED, ids=lambda f: type(f).__name__)
 def test_a_torch_step_is_traced(family: Family) -> None:
     """Whose slower form would train all the same, and say nothing."""
     from elbozoo.inference.pyro_trainer import Trainer
@@ -314,6 +317,82 @@ def test_a_torch_step_is_traced(family: Family) -> None:
     rows = trainer.epoch(np.tile(np.arange(6), (1, 2, 1)))
     assert trainer.compiled is not None
     assert np.isfinite(rows["bound"]).all()
+
+
+# --- climbing the ELBO --------------------------------------------------------------------------------------------
+
+SCALE = 0.5
+WEIGHT, SHIFT = np.array([[0.9, -0.3], [0.2, 0.7], [-0.5, 0.4]]), np.array([0.1, -0.2, 0.3])
+PRECISION = np.eye(2) + WEIGHT.T @ WEIGHT / SCALE**2
+X = np.random.default_rng(3).normal(size=(4, 3))
+
+
+def climbing(engine: str, start: np.ndarray, **settings: Any) -> Any:
+    """A program whose decoder is linear and whose encoder gives ``start`` whatever x is."""
+    family = SemiAmortised(num_points=2, **settings)
+    outputs = family.num_outputs(2)
+    weights = {"decoder.layers.0.weight": WEIGHT, "decoder.layers.0.bias": SHIFT}
+    weights |= {"encoder.layers.0.weight": np.zeros((outputs, 3)), "encoder.layers.0.bias": start}
+    return getattr(VAE(3, 2, MLP(hidden=()), Gaussian(SCALE), family), engine)().with_weights(weights)
+
+
+def moments(engine: str, program: Any) -> tuple[np.ndarray, np.ndarray]:
+    if engine == "pyro":
+        import torch
+
+        q = program.guide.encode(torch.tensor(X))
+        return q.mean.detach().numpy(), q.variance.detach().numpy()
+    q = program.guide.encode(X)
+    return np.asarray(q.mean), np.asarray(q.variance)
+
+
+def test_one_step_is_one_step_up_the_exact_elbo(engine: str) -> None:
+    """Of a linear model, by hand: the points integrate its log joint without error."""
+    loc, log_scale = np.array([0.4, -1.0]), np.array([0.3, -0.6])
+    mean, variance = moments(engine, climbing(engine, np.r_[loc, log_scale], steps=1, step_size=0.05))
+    up_loc = (X - SHIFT) @ WEIGHT / SCALE**2 - PRECISION @ loc
+    up_log_scale = 1 - np.exp(2 * log_scale) * np.diag(PRECISION)
+    np.testing.assert_allclose(mean, loc + 0.05 * up_loc, rtol=1e-12)
+    np.testing.assert_allclose(variance, np.exp(2 * (log_scale + 0.05 * up_log_scale)) + 0 * mean, rtol=1e-12)
+
+
+def test_many_steps_reach_the_exact_posterior(engine: str) -> None:
+    """From where the encoder is of no help: then the ELBO is log p(x)."""
+    settings: dict[str, Any] = {"family": FullCovarianceGaussian(), "steps": 40, "step_size": 0.2}
+    program = climbing(engine, np.zeros(5), **settings)
+    marginal = stats.multivariate_normal(SHIFT, WEIGHT @ WEIGHT.T + SCALE**2 * np.eye(3)).logpdf(X)
+    found = evaluate(program, X, num_particles=3).per_datum.elbo
+    np.testing.assert_allclose(found, marginal, atol=1e-4)
+    short = evaluate(climbing(engine, np.zeros(5), **settings | {"steps": 1}), X, num_particles=3).per_datum.elbo
+    assert abs(short - marginal).max() > 0.1
+
+
+def test_the_steps_are_differentiated_and_are_frozen_with_the_guide(engine: str) -> None:
+    """At the end of a long climb the log weight is log p(x) whatever the decoder, so its derivative has no noise.
+
+    With the guide frozen, the decoder's part in its climb among the rest, it is that of ``log p(x, z)`` at the draw.
+    """
+    program = climbing(engine, np.zeros(5), family=FullCovarianceGaussian(), steps=40, step_size=0.2)
+
+    def log_marginal(shift: np.ndarray) -> float:
+        return stats.multivariate_normal(shift, WEIGHT @ WEIGHT.T + SCALE**2 * np.eye(3)).logpdf(X).sum()
+
+    steps = 1e-5 * np.eye(3)
+    expected = np.array([(log_marginal(SHIFT + e) - log_marginal(SHIFT - e)) / 2e-5 for e in steps])
+    whole, frozen = (
+        -loss_gradients(engine, program.spec, program.weights, X, ELBO(gradient=g))["decoder.layers.0.bias"]
+        for g in (Pathwise(), STL())
+    )
+    np.testing.assert_allclose(whole, expected, rtol=1e-3)
+    assert abs(frozen - expected).max() > 0.1
+
+
+def test_a_family_that_climbs_must_be_gaussian_and_have_something_to_climb(engine: str) -> None:
+    with pytest.raises(InvalidArgument, match="family must be one of DiagonalGaussian, FullCovarianceGaussian"):
+        SemiAmortised(family=MixtureOfGaussians())
+    posterior = Posterior(engine, SemiAmortised(), 2).module
+    with pytest.raises(InvalidArgument, match="guide must be given its model's log joint to be semi-amortised"):
+        posterior(np.zeros(4))
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

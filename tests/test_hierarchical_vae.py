@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from linear_hierarchy import Affine, Joint, LinearHierarchy, encoder_weights, extend, kl
 
-from elbozoo.guides import FullCovarianceGaussian
+from elbozoo.guides import FullCovarianceGaussian, SemiAmortised
 from elbozoo.inference import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Renyi, evaluate, fit
 from elbozoo.inference.errors import InvalidArgument
 from elbozoo.zoo import MLP, VAE, Gaussian, HierarchicalVAE, MixturePrior, VampPrior
@@ -158,6 +158,7 @@ def test_it_trains(engine: str, objective: Any) -> None:
         ({"normalization": "batch"}, "normalization must be one of .*; got 'batch'"),
         ({"activation": "tan"}, "activation must be one of .*; got 'tan'"),
         ({"guide": FullCovarianceGaussian}, "guide must be a Family; got"),
+        ({"guide": SemiAmortised()}, "guide must be one that does not climb .*; got SemiAmortised"),
         ({"prior": VampPrior()}, r"prior must be one that is not made of q\(z_L \| x\).*Use LadderVAE"),
     ],
 )

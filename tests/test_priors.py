@@ -17,7 +17,7 @@ from compile_once import as_users_run_it, compile_once  # noqa: F401
 from scipy import special, stats
 from test_starts import DATA, EIGENVALUES, MEAN, Falling, log_likelihood
 
-from elbozoo.guides import DiagonalGaussian, FullCovarianceGaussian, NeuralSplineFlow
+from elbozoo.guides import DiagonalGaussian, FullCovarianceGaussian, NeuralSplineFlow, SemiAmortised
 from elbozoo.inference import (
     ELBO,
     IWAE,
@@ -648,3 +648,8 @@ def test_a_flow_prior_trains_under_every_estimator(engine: str) -> None:
         run = fit(getattr(spec, engine)(), x, objective=objective, epochs=6, batch_size=50, progress=False)
         assert run.history[-1]["bound"] > run.history[0]["bound"]
         assert np.abs(run.weights["prior.outputs"]).max() > 0
+
+
+def test_a_guide_that_climbs_meets_no_prior_that_is_made_of_it() -> None:
+    with pytest.raises(InvalidArgument, match="guide must be one that does not climb"):
+        replace(SMALL, guide=SemiAmortised(), prior=VampPrior())

@@ -27,6 +27,7 @@ from elbozoo.guides import (
     LowRankGaussian,
     MixtureOfGaussians,
     NeuralSplineFlow,
+    SemiAmortised,
 )
 from elbozoo.inference.errors import InvalidArgument
 from elbozoo.inference.parts import Part
@@ -81,6 +82,8 @@ OTHER_GUIDES = (
     InverseAutoregressiveFlow(num_flows=2, flow_hidden=(4, 5), context_dim=3),
     NeuralSplineFlow(num_flows=3, flow_hidden=(4, 5), context_dim=3, num_bins=4, bound=2.0),
     MixtureOfGaussians(num_components=3),
+    SemiAmortised(steps=2, step_size=0.05, num_points=2),
+    SemiAmortised(LowRankGaussian(rank=1), steps=2, step_size=0.05, num_points=4),
 )
 """One row each: what a guide is made of does not depend on the rest of the model."""
 SMALL = VAE(data_dim=16, latent_dim=3, network=MLP(hidden=(5,)))

@@ -117,6 +117,9 @@ class HierarchicalVAE(Hierarchy):
     def __post_init__(self) -> None:
         super().__post_init__()
         instance_of("guide", self.guide, Family)
+        if self.guide.uses_log_joint:
+            condition = "be one that does not climb log p(x, z): each of these factors sees one layer alone"
+            raise must("guide", condition, type(self.guide).__name__, "Use DiagonalGaussian(), or VAE")
         if self.prior.needs_encoder:
             condition = "be one that is not made of q(z_L | x): this guide reaches the top through the layers below"
             todo = "Use LadderVAE, whose guide has it, or MixturePrior()"

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from elbozoo.guides import DiagonalGaussian, Family
+from elbozoo.inference.errors import must
 from elbozoo.inference.parts import instance_of, whole_number
 from elbozoo.zoo.likelihoods import Bernoulli, Likelihood
 from elbozoo.zoo.networks import MLP, Network
@@ -68,6 +69,9 @@ class VAE(Spec):
         instance_of("prior", self.prior, Prior)
         self.network.check_data_dim(self.data_dim)
         self.likelihood.check_data_dim(self.data_dim)
+        if self.prior.needs_encoder and self.guide.uses_log_joint:
+            condition = "be one that does not climb log p(x, z), of which a prior made of q(z | x) is a part"
+            raise must("guide", condition, type(self.guide).__name__, "Use another prior, or a guide that does not")
         self.guide.num_outputs(self.latent_dim)  # refuses what the family cannot be of
 
     def check(self, x: Any) -> None:

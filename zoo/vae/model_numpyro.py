@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpyro
@@ -33,7 +34,8 @@ class Model:
         sizes = (spec.data_dim, spec.guide.num_outputs(spec.latent_dim))
         posterior = network(self.prefix + "posterior", partial(self.Posterior, spec.guide, spec.latent_dim))
         encoder = network(self.prefix + "encoder", partial(self.Encoder, spec.network, *sizes))
-        return posterior(encoder(x))
+        log_joint = (self.log_joint(x),) if spec.guide.uses_log_joint else ()
+        return posterior(encoder(x), *log_joint)
 
     def prior_distribution(self) -> dist.Distribution:
         """p(z), with batch shape () and event shape (latent_dim,)."""
@@ -41,12 +43,21 @@ class Model:
         sizes = (spec.latent_dim, spec.data_dim, spec.likelihood.unit_interval)
         return prior(self.prefix + "prior", spec.prior, *sizes)(self.encode)
 
-    def decode(self, z: ArrayLike) -> dist.Distribution:
-        """p(x | z) for z of shape (..., latent_dim); its mean is the reconstruction."""
+    def conditional(self) -> Callable[[ArrayLike], dist.Distribution]:
+        """p(x | z) as a function of z; the parameters' sites are made here."""
         sizes = (self.spec.latent_dim, self.num_outputs)
         likelihood = network(self.prefix + "likelihood", partial(self.Likelihood, self.spec.likelihood))
         decoder = network(self.prefix + "decoder", partial(self.Decoder, self.spec.network, *sizes))
-        return likelihood(decoder(z))
+        return lambda z: likelihood(decoder(z))
+
+    def decode(self, z: ArrayLike) -> dist.Distribution:
+        """p(x | z) for z of shape (..., latent_dim); its mean is the reconstruction."""
+        return self.conditional()(z)
+
+    def log_joint(self, x: ArrayLike) -> Callable[[ArrayLike], Array]:
+        """``log p(x, z)`` as a function of z of shape (..., latent_dim), for a guide that climbs it."""
+        z_prior, conditional = self.prior_distribution(), self.conditional()
+        return lambda z: z_prior.log_prob(z) + conditional(z).log_prob(x)
 
     def __call__(self, x: ArrayLike | None = None, size: int | None = None) -> Array:
         """Sample z and x, or score x; without x draw ``size`` data. Returns x of shape (B, data_dim)."""

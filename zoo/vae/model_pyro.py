@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, pyro_method
 from torch import Tensor, nn
 
 from elbozoo.zoo.spec import plate_sizes
@@ -38,6 +40,12 @@ class Model(PyroModule):
         """p(x | z) for z of shape (..., latent_dim); its mean is the reconstruction."""
         return self.likelihood(self.decoder(z))
 
+    @pyro_method
+    def log_joint(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """``log p(x, z)`` as a function of z of shape (..., latent_dim), for a guide that climbs it."""
+        prior, decoder, likelihood = self.prior_distribution(), self.decoder, self.likelihood
+        return lambda z: prior.log_prob(z) + likelihood(decoder(z)).log_prob(x)
+
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """Sample z and x, or score x; without x draw ``size`` data. Returns x of shape (B, data_dim)."""
         num_data, batch = plate_sizes(x, size, self.spec.data_dim)
@@ -51,13 +59,14 @@ class Guide(PyroModule):
 
     def __init__(self, spec: VAE, model: Model, name: str = ""):
         super().__init__(name)
-        self.spec = spec
+        self.spec, self.log_joint = spec, model.log_joint
         shared = spec.prior.needs_encoder  # then they are the model's own, under the same names
         self.posterior, self.encoder = (model.posterior, model.encoder) if shared else recognition(spec)
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x) for x of shape (..., data_dim)."""
-        return self.posterior(self.encoder(x))
+        log_joint = (self.log_joint(x),) if self.spec.guide.uses_log_joint else ()
+        return self.posterior(self.encoder(x), *log_joint)
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """Sample z given x. Returns z of shape (B, latent_dim)."""
