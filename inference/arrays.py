@@ -70,6 +70,17 @@ def cos(x: Array) -> Array:
     return jnp.cos(x)
 
 
+def expm1(x: Array) -> Array:
+    """``exp x - 1`` without loss of digits near 0; a Python number stays one."""
+    if _library(x) == "numpy":
+        return np.expm1(x)
+    if _library(x) == "torch":
+        return x.expm1()
+    import jax.numpy as jnp
+
+    return jnp.expm1(x)
+
+
 def swap_each(x: Array, y: Array) -> Array:
     """``out[j, i] = y[i] if i == j else x[j]``: column ``i`` is ``x``, its row ``i`` replaced; ``(K, K, *P)``."""
     num, library = x.shape[0], _library(x)

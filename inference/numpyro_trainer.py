@@ -26,6 +26,7 @@ class State(NamedTuple):
     """Everything that training carries from step to step; with replicates, every leaf has a leading replicate axis."""
 
     params: Params  # unconstrained
+    average: Params | None  # of the parameters, where the optimiser keeps one
     optimizer: Any
     mutable: Params
     key: jax.Array  # raw key data, so that it is an ordinary array
@@ -53,6 +54,7 @@ class Trainer:
         device: str | None,
     ):
         self.program, self.objective = program, objective
+        self.adam = optimizer if isinstance(optimizer, Adam) else Adam()  # which neither skips nor averages
         self.optimizer = optimizer.optax() if isinstance(optimizer, Adam) else optimizer
         if not isinstance(self.optimizer, optax.GradientTransformation):
             raise must(
@@ -103,7 +105,8 @@ class Trainer:
     def _init(self, key: jax.Array, example: tuple) -> State:
         params, _, mutable = self.program.init(key, *example)
         unconstrained = {n: self.transforms[n].inv(v) for n, v in params.items()}
-        return State(unconstrained, self.optimizer.init(unconstrained), mutable, key, jnp.zeros((), jnp.int32))
+        average = None if self.adam.average is None else unconstrained
+        return State(unconstrained, average, self.optimizer.init(unconstrained), mutable, key, jnp.zeros((), jnp.int32))
 
     def _constrain(self, params: Params) -> Params:
         return {n: self.transforms[n](v) for n, v in params.items()}
@@ -143,14 +146,20 @@ class Trainer:
         gradient, (metrics, mutable) = jax.grad(loss, has_aux=True)(state.params)
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        return State(params, optimizer, mutable, state.key, state.step + 1), metrics | {"grad_norm": _norm(gradient)}
+        metrics["grad_norm"] = norm = _norm(gradient)
+        if self.adam.skip_norm is not None:
+            metrics["skipped"] = 1.0 * (norm > self.adam.skip_norm)
+        average: Any = state.average
+        if average is not None:
+            average = optax.incremental_update(params, average, self.adam.share(state.step))
+        return State(params, average, optimizer, mutable, state.key, state.step + 1), metrics
 
     def _epoch(self, state: State, data: tuple, order: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         return jax.lax.scan(partial(self._step, data), state, order)
 
     def _held_out(self, state: State, batch: tuple, salt: jax.Array) -> jax.Array:
         key = random.fold_in(random.fold_in(state.key, 2**31 - 1), salt)
-        terms, _ = self._terms(state.params, state.mutable, batch, key, state.step)
+        terms, _ = self._terms(_final(state), state.mutable, batch, key, state.step)
         return self.objective.bound(terms).mean() / terms.data_per_entry
 
     # --- what fit calls ---
@@ -185,8 +194,10 @@ class Trainer:
         params = {n: other.state.params[n] for n in self.state.params}
         mutable = {n: other.state.mutable.get(n, v) for n, v in self.state.mutable.items()}
         init = jax.vmap(self.optimizer.init) if self.replicated else self.optimizer.init
+        average = None if self.adam.average is None else params
         with self._on_device():
-            self.state = self.state._replace(params=params, mutable=mutable, optimizer=jax.jit(init)(params))
+            optimizer = jax.jit(init)(params)
+        self.state = self.state._replace(params=params, average=average, optimizer=optimizer, mutable=mutable)
 
     def bad_parameter(self) -> tuple[str, int] | None:
         """The first parameter that is not finite, and its replicate; None when all are."""
@@ -227,7 +238,7 @@ class Trainer:
     def programs(self) -> list[Program]:
         """One trained program a replicate."""
         states = [self._replicate(i) for i in range(self._count)]
-        return [self.program.with_params(self._constrain(s.params), s.mutable or None) for s in states]
+        return [self.program.with_params(self._constrain(_final(s)), s.mutable or None) for s in states]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The whole state as named arrays, for a checkpoint."""
@@ -253,6 +264,11 @@ class Trainer:
             )
         with self._on_device():
             self.state = jax.tree_util.tree_unflatten(tree, [jnp.asarray(arrays[n]) for n in names])
+
+
+def _final(state: State) -> Params:
+    """The parameters that held-out data and the trained program see."""
+    return state.params if state.average is None else state.average
 
 
 def _norm(tree: Any) -> jax.Array:

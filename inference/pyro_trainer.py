@@ -18,6 +18,7 @@ import pyro
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.dropout import _DropoutNd
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from elbozoo.inference.errors import CorruptFile, ElbozooError, must
 from elbozoo.inference.objectives import Objective
@@ -30,6 +31,8 @@ class Trainer:
     """Runs epochs of one objective on a copy of one program. One seed: replicates are separate trainers.
 
     ``compiled`` is the traced step; None before the first step, and where there is none.
+
+    ``average`` is the parameters' moving average, by name, where the optimiser keeps one.
 
     Modules train in training mode; held-out data is seen, and the trained program handed back, in evaluation mode.
     """
@@ -77,6 +80,10 @@ class Trainer:
         if not self.params:
             raise must("program", "have a parameter to train", "none", "Add pyro.param or a network to model or guide")
         self.adam = optimizer if isinstance(optimizer, Adam) else None
+        self.skip_norm = self.adam.skip_norm if self.adam else None
+        self.average = None
+        if self.adam is not None and self.adam.average is not None:
+            self.average = {n: p.detach().clone() for n, p in self.params.items()}
         make = self.adam.torch if self.adam else optimizer
         self.optimizer: Any = make(list(self.params.values())) if callable(make) and make is not Adam else None
         if not isinstance(self.optimizer, torch.optim.Optimizer):
@@ -153,14 +160,47 @@ class Trainer:
             for index in torch.from_numpy(np.ascontiguousarray(order[0])).to(self.device):
                 metrics, norm = self._gradient(self._batch(index))
                 rows.append(metrics | {"grad_norm": norm})
+                if self.skip_norm is not None:
+                    rows[-1]["skipped"] = norm.item() > self.skip_norm
                 if not math.isfinite(norm.item() + metrics["bound"].item()):
                     break
-                if self.adam is not None and callable(self.adam.learning_rate):
-                    for group in self.optimizer.param_groups:
-                        group["lr"] = self.adam.at(self.step)
-                self.optimizer.step()
+                if not rows[-1].get("skipped"):
+                    self._update()
+                if self.average is not None:
+                    self._follow(self.average)
                 self.step += 1
         return {n: np.array([[float(r[n]) for r in rows]]) for n in rows[0]}
+
+    def _update(self) -> None:
+        """Move the parameters by their gradients."""
+        if self.adam is not None and callable(self.adam.learning_rate):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.adam.at(self.step)
+        self.optimizer.step()
+
+    def _follow(self, average: dict[str, torch.Tensor]) -> None:
+        """Move the average towards the parameters after the present step."""
+        assert self.adam is not None
+        follow = get_ema_multi_avg_fn(1.0 - self.adam.share(self.step))
+        follow(tuple(average.values()), tuple(p.detach() for p in self.params.values()), None)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, where the optimiser keeps an average of the parameters, they are that."""
+        if self.average is None:
+            yield
+            return
+        raw = {n: p.detach().clone() for n, p in self.params.items()}
+        try:
+            self._set(self.average)
+            yield
+        finally:
+            self._set(raw)
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.params.items():
+            parameter.copy_(values[name])
 
     def _rng(self) -> dict[str, torch.Tensor]:
         on_gpu = {"rng_cuda": torch.cuda.get_rng_state(self.cuda[0])} if self.cuda else {}
@@ -194,8 +234,14 @@ class Trainer:
     def held_out(self, valid: tuple, batch_size: int) -> np.ndarray:
         """The objective's bound on held-out data, nats per datum, ``(1,)``."""
         total, count = 0.0, len(valid[0])
-        contexts = (self.program.parameters(), self._evaluating(), torch.random.fork_rng(devices=self.cuda))
-        with contexts[0], contexts[1], contexts[2], torch.no_grad(), pyro.validation_enabled(False):
+        with (
+            self.program.parameters(),
+            self._averaged(),
+            self._evaluating(),
+            torch.random.fork_rng(devices=self.cuda),
+            torch.no_grad(),
+            pyro.validation_enabled(False),
+        ):
             torch.manual_seed(self.seed)  # the same noise every epoch, so that epochs compare
             for start in range(0, count, batch_size):
                 batch = tuple(torch.as_tensor(a[start : start + batch_size]).to(self.device) for a in valid)
@@ -228,6 +274,8 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in self.program._tensors().items():
                 tensor.copy_(theirs[name])
+        for name, average in (self.average or {}).items():
+            average.copy_(self.params[name].detach())
 
     def bad_parameter(self) -> tuple[str, int] | None:
         """The first parameter that is not finite, and its replicate (0); None when all are."""
@@ -254,7 +302,8 @@ class Trainer:
     def programs(self) -> list[Program]:
         """The trained program."""
         self.optimizer.zero_grad(set_to_none=True)
-        program = self.program.copy()
+        with self._averaged():
+            program = self.program.copy()
         for module in program._modules():
             module.eval()
         program.trained = True
@@ -263,6 +312,7 @@ class Trainer:
     def arrays(self) -> dict[str, np.ndarray]:
         """The whole state as named arrays, for a checkpoint."""
         out = {f"params/{n}": v for n, v in self.program._tensors().items()}
+        out |= {f"average/{n}": v for n, v in (self.average or {}).items()}
         for i, values in self.optimizer.state_dict()["state"].items():
             out |= {f"optimizer/{i}/{n}": torch.as_tensor(v) for n, v in values.items() if v is not None}
         out |= self.rng | {"step": torch.tensor(self.step)}
@@ -292,6 +342,8 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in self.program._tensors().items():
                 tensor.copy_(torch.from_numpy(arrays[f"params/{name}"].copy()))
+            for name, average in (self.average or {}).items():
+                average.copy_(torch.from_numpy(arrays[f"average/{name}"].copy()))
         packed = copy.deepcopy(self.optimizer.state_dict())
         packed["state"] = {i: {k: torch.from_numpy(a.copy()) for k, a in s.items()} for i, s in state.items()}
         self.optimizer.load_state_dict(packed)

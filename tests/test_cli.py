@@ -229,7 +229,7 @@ def test_models(words: str, ask: Any):
 @pytest.mark.numpyro
 def test_settings_of_the_training(ask: Any):
     words = "--epochs 3 --batch-size 7 --seed 5 --replicates 2 --checkpoint-every 4 --device cpu --resume --out here"
-    words += " --learning-rate 0.01 --eps 1e-4 --clip-norm 2 --valid validation --binarize threshold --no-progress"
+    words += " --learning-rate 0.01 --eps 1e-4 --clip-norm 2 --skip-norm 200 --average 0.999 --valid validation --binarize threshold --no-progress"
     words += " --start-from collapsed --start-epochs 2"
     asked = ask(f"vae --engine numpyro --data digits {words}")
     digits = load("digits", split="validation")
@@ -240,7 +240,7 @@ def test_settings_of_the_training(ask: Any):
         "spec": VAE(64),
         "engine": "numpyro",
         "objective": ELBO(),
-        "optimizer": Adam(0.01, eps=1e-4, clip_norm=2.0),
+        "optimizer": Adam(0.01, eps=1e-4, clip_norm=2.0, skip_norm=200.0, average=0.999),
         "start": Collapsed(epochs=2),
         "epochs": 3,
         "batch_size": 7,

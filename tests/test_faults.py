@@ -55,7 +55,7 @@ def train(engine: str, directory: Path, epochs: int = EPOCHS, **options: Any) ->
     program = getattr(VAE(data_dim=16, latent_dim=2, network=MLP(hidden=(6,))), engine)()
     defaults: dict[str, Any] = {
         "objective": AnnealedKL(ELBO(), warmup=EPOCHS / 2),
-        "optimizer": Adam(Decay(), clip_norm=10.0),
+        "optimizer": Adam(Decay(), clip_norm=10.0, skip_norm=100.0, average=0.9),
         "batch_size": 16,
         "binarize": "stochastic",
         "valid": images()[:16],
@@ -991,6 +991,8 @@ def test_a_program_without_parameters_is_refused(engine: str) -> None:
         (lambda: Adam(b1=1.0), r"b1 must lie in \[0, 1\)"),
         (lambda: Adam(eps=0.0), "eps must be a finite number above 0"),
         (lambda: Adam(clip_norm=-1.0), "clip_norm must be a finite number above 0"),
+        (lambda: Adam(skip_norm=0.0), "skip_norm must be a finite number above 0"),
+        (lambda: Adam(average=1.0), r"average must lie in \(0, 1\); got 1.0. Pass None"),
     ],
 )  # fmt: skip
 def test_bad_objectives_and_optimizers_are_refused_when_built(make: Callable[[], Any], message: str) -> None:

@@ -113,29 +113,42 @@ class Decay:
         return self.start / (1.0 + step / self.over)
 
 
-def by_hand(
+def path_by_hand(
     update: Callable[[np.ndarray, int], np.ndarray], epochs: int = 3, batch: int = 16, seed: int = 0
 ) -> np.ndarray:
-    """Maximise ``mean log N(x; mu, 1)`` with the documented minibatches; ``update(gradient of the loss, step)``."""
-    x, mu, step = data(), np.zeros(3), 0
+    """Maximise ``mean log N(x; mu, 1)`` with the documented minibatches; ``update(gradient of the loss, step)``.
+
+    Returns mu after every step, (steps, 3).
+    """
+    x, path = data(), [np.zeros(3)]
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(len(x))
         for start in range(0, len(x) // batch * batch, batch):
-            mu = mu + update(mu - x[order[start : start + batch]].mean(axis=0), step)
-            step += 1
-    return mu
+            gradient = path[-1] - x[order[start : start + batch]].mean(axis=0)
+            path.append(path[-1] + update(gradient, len(path) - 1))
+    return np.array(path[1:])
 
 
-def adam_by_hand(rate: Callable[[int], float], clip: float | None = None) -> Callable[[np.ndarray, int], np.ndarray]:
-    """Kingma & Ba 2015, algorithm 1."""
-    state = {"m": 0.0, "v": 0.0}
+def by_hand(update: Callable[[np.ndarray, int], np.ndarray], epochs: int = 3) -> np.ndarray:
+    """Where the path ends."""
+    return path_by_hand(update, epochs)[-1]
+
+
+def adam_by_hand(
+    rate: Callable[[int], float], clip: float | None = None, skip: float = np.inf
+) -> Callable[[np.ndarray, int], np.ndarray]:
+    """Kingma & Ba 2015, algorithm 1; a gradient longer than ``skip`` changes nothing but the rate's step."""
+    state = {"m": 0.0, "v": 0.0, "t": 0}
 
     def update(gradient: np.ndarray, step: int) -> np.ndarray:
+        if np.linalg.norm(gradient) > skip:
+            return np.zeros_like(gradient)
         if clip is not None:
             gradient = gradient * min(1.0, clip / float(np.linalg.norm(gradient)))
+        state["t"] += 1
         state["m"] = 0.9 * state["m"] + 0.1 * gradient
         state["v"] = 0.999 * state["v"] + 0.001 * gradient**2
-        m, v = state["m"] / (1 - 0.9 ** (step + 1)), state["v"] / (1 - 0.999 ** (step + 1))
+        m, v = state["m"] / (1 - 0.9 ** state["t"]), state["v"] / (1 - 0.999 ** state["t"])
         return -rate(step) * m / (np.sqrt(v) + 1e-8)
 
     return update
@@ -151,6 +164,9 @@ def plain_sgd(engine: str) -> Any:
     return optax.sgd(0.2)
 
 
+SKIP, SLOW = 1.6, Decay(0.1)
+"""Of the norms met at this rate the first, the second and the fifth are longer, and no other."""
+
 OPTIMIZERS: dict[str, tuple[Callable[[str], dict[str, Any]], Callable[[], Any], float]] = {
     "adam": (lambda e: {"learning_rate": 0.1}, lambda: adam_by_hand(lambda step: 0.1), 1e-12),
     "adam with a decaying rate": (lambda e: {"learning_rate": Decay()}, lambda: adam_by_hand(Decay()), 1e-12),
@@ -158,6 +174,16 @@ OPTIMIZERS: dict[str, tuple[Callable[[str], dict[str, Any]], Callable[[], Any], 
     "adam, clipped": (
         lambda e: {"optimizer": Adam(0.1, clip_norm=0.2)},
         lambda: adam_by_hand(lambda step: 0.1, 0.2),
+        1e-5,
+    ),
+    "adam, skipping": (
+        lambda e: {"optimizer": Adam(SLOW, skip_norm=SKIP)},
+        lambda: adam_by_hand(SLOW, skip=SKIP),
+        1e-12,
+    ),
+    "adam, skipping before it clips": (
+        lambda e: {"optimizer": Adam(SLOW, clip_norm=0.2, skip_norm=SKIP)},
+        lambda: adam_by_hand(SLOW, 0.2, SKIP),
         1e-5,
     ),
     "the library's own": (lambda e: {"optimizer": plain_sgd(e)}, lambda: lambda gradient, step: -0.2 * gradient, 1e-12),
@@ -170,6 +196,44 @@ def test_both_engines_take_the_steps_that_numpy_takes(engine: str, name: str) ->
     options, update, tolerance = OPTIMIZERS[name]
     run = quick(engine, **options(engine))
     np.testing.assert_allclose(run.weights["mu"], by_hand(update()), rtol=tolerance, atol=tolerance)
+
+
+def test_skipped_updates_are_counted(engine: str) -> None:
+    """By their share of an epoch's steps, from norms that NumPy works out."""
+    norms: list[float] = []
+    update = adam_by_hand(SLOW, skip=SKIP)
+
+    def watched(gradient: np.ndarray, step: int) -> np.ndarray:
+        norms.append(float(np.linalg.norm(gradient)))
+        return update(gradient, step)
+
+    by_hand(watched, epochs=6)
+    long = np.array(norms).reshape(6, 3) > SKIP
+    run = quick(engine, optimizer=Adam(SLOW, skip_norm=SKIP), epochs=6)
+    assert np.flatnonzero(long).tolist() == [0, 1, 4]
+    np.testing.assert_array_equal([row["skipped"] for row in run.history], long.mean(axis=1))
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.999])
+def test_averaged_weights(engine: str, decay: float) -> None:
+    """``sum_i d^(t-i) w_i / sum_i d^(t-i)``: what the program and held-out data see; the weights go on by themselves."""
+    adam, valid = Adam(SLOW, skip_norm=SKIP, average=decay), data(70, seed=5)
+    run = quick(engine, optimizer=adam, valid=valid)
+    path = path_by_hand(adam_by_hand(SLOW, skip=SKIP))
+    for epochs, row in enumerate(run.history, start=1):
+        share = decay ** np.arange(3 * epochs)[::-1]
+        mean = share @ path[: 3 * epochs] / share.sum()
+        exact = -0.5 * ((valid - mean) ** 2).sum(axis=1).mean() - 1.5 * np.log(2 * np.pi)
+        assert row["valid_bound"] == pytest.approx(exact, rel=1e-12)
+        assert row["skipped"] >= 0
+    np.testing.assert_allclose(run.weights["mu"], mean, rtol=1e-12)
+    assert np.abs(mean - path[-1]).max() > 0.01
+
+
+def test_averaging_does_not_touch_training(engine: str) -> None:
+    plain, averaged = (digits(engine, optimizer=Adam(0.01, average=average)) for average in (None, 0.9))
+    assert same_history(plain, averaged)
+    assert not same_weights(plain.weights, averaged.weights)
 
 
 def test_history_is_the_mean_over_the_steps(engine: str) -> None:
@@ -377,7 +441,7 @@ def test_a_users_own_program_is_not_traced() -> None:
 @pytest.mark.parametrize("binarize", ["stochastic", "static"])
 def test_replicates_are_single_runs_with_the_next_seeds(engine: str, binarize: str) -> None:
     options = {"batch_size": 30, "epochs": 3, "valid": GREY[:30], "binarize": binarize, "progress": False}
-    options |= {"objective": AnnealedKL(ELBO(), warmup=2.0)}
+    options |= {"objective": AnnealedKL(ELBO(), warmup=2.0), "optimizer": Adam(skip_norm=2.0, average=0.7)}
     user = getattr(GREY_SPEC, engine)()
     together = fit(user, GREY, seed=5, replicates=2, **options)
     for r, run in enumerate(together):
