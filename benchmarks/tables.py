@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elbozoo.benchmarks.guides import FAMILIES, LOCAL, ORDER, amortisation, gap, interval
 from elbozoo.benchmarks.iwae_mnist import PUBLISHED
 from elbozoo.inference.storage import write_atomically
 
@@ -448,8 +449,35 @@ def _largest(columns: list[np.ndarray], form: str) -> list[str]:
     return [format(column.max(), form) for column in columns]
 
 
+def guides(record: dict[str, Any]) -> str:
+    """The gap of each family, and of each pair that has an expected order."""
+    cells = {key: cell for key, cell in record["cells"].items() if key.startswith("seed")}
+
+    def pm(x: np.ndarray) -> str:
+        return "{:.3f} ± {:.3f}".format(*interval(x))
+
+    rows = [
+        [family, pm(gap(cells, family)), pm(amortisation(cells, family)) if family in LOCAL else "not known; left in"]
+        for family in FAMILIES
+    ]
+    pairs = [[f"{worse} – {better}", pm(gap(cells, worse) - gap(cells, better))] for worse, better in ORDER]
+    first, exact = next(iter(cells.values())), record["cells"]["quadrature"]["log_lik"]
+    config = record["config"]
+    return "\n\n".join(
+        [
+            f"Means over {len(cells)} seeds of {config['num_data']} data each, with 95 % intervals from the seeds:",
+            table(["guide family", "approximation gap", "amortisation, taken out"], rows),
+            "Paired within seeds:",
+            table(["loses more than", "by"], pairs),
+            f"log p(x) of the first seed: {first['log_lik']:.4f} ± {first['mc_se']:.4f} by importance sampling "
+            f"(K = {config['num_importance']}, largest k̂ {max(first['k_hat']):.2f}), {exact:.4f} by quadrature.",
+        ]
+    )
+
+
 FIGURE_WRITERS = {"hierarchy": hierarchy_figure, "local_minima": local_minima_figure}
 WRITERS = {
+    "guides": guides,
     "hierarchy": hierarchy,
     "instruments": instruments,
     "iwae_mnist": iwae,

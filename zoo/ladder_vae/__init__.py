@@ -37,15 +37,15 @@ class LadderVAE(Hierarchy):
         hidden: units of the hidden layers below each latent, next to the data first; those of ``d_l`` too.
         depth: hidden layers in each of these networks.
         activation: one of ``ACTIVATIONS``, after every hidden layer.
-        normalization: "layer" (the default) or "none", of every hidden layer.
+        normalization: "none" or "layer", of every hidden layer.
         likelihood: family of x given z_1.
         prior: family of z_L.
 
     Raises:
         InvalidArgument: no layer, or ``hidden`` of another length than ``latent_dims``.
 
-    Limits: L = 1 is a VAE with a diagonal Gaussian guide. The defaults are Sønderby et al.'s five layers, with layer
-    normalisation where they have batch normalisation (see ``docs/design/0004-hierarchies.md``).
+    Limits: L = 1 is a VAE with a diagonal Gaussian guide. The defaults are Sønderby et al.'s five layers, without
+    batch normalisation (see ``docs/design/0004-hierarchies.md``).
 
     References: Sønderby, Raiko, Maaløe, Sønderby & Winther 2016, Ladder variational autoencoders, arXiv 1602.02282,
         eqs. 10-16.
@@ -58,7 +58,6 @@ class LadderVAE(Hierarchy):
     latent_dims: tuple[int, ...] = (64, 32, 16, 8, 4)
     hidden: tuple[int, ...] = (512, 256, 128, 64, 32)
     activation: str = "leaky_relu"
-    normalization: str = "layer"
 
     @property
     def encoder_sizes(self) -> tuple[tuple[int, int], ...]:
