@@ -15,7 +15,7 @@ from elbozoo.zoo import Gaussian, LadderVAE, VampPrior
 
 TWINS = [
     LadderVAE(data_dim=6, latent_dims=(4, 3, 2), hidden=(5, 4, 3)),
-    LadderVAE(6, (3, 2), (5, 4), depth=1, normalization="none", activation="tanh", likelihood=Gaussian()),
+    LadderVAE(6, (3, 2), (5, 4), depth=1, normalization="layer", activation="tanh", likelihood=Gaussian()),
     LadderVAE(6, (3, 2), (5, 4), activation="tanh", likelihood=Gaussian(scale=0.5)),
     LadderVAE(6, (3,), (5,), depth=0),
     LadderVAE(6, (3, 2), (5, 4), depth=1, prior=VampPrior(4)),
@@ -23,7 +23,7 @@ TWINS = [
 
 # With one latent a layer, no precision is a matrix, and the ladder's family holds the exact posterior.
 EXACT = LinearHierarchy.random(data_dim=5, dims=(1, 1, 1), seed=1)
-SPEC = LadderVAE(5, (1, 1, 1), (1, 1, 1), depth=0, normalization="none", likelihood=Gaussian(scale=0.6))
+SPEC = LadderVAE(5, (1, 1, 1), (1, 1, 1), depth=0, likelihood=Gaussian(scale=0.6))
 WIDE = LinearHierarchy.random(data_dim=5, dims=(3, 2, 2), seed=1)
 X = np.random.default_rng(2).normal(scale=2.0, size=(4, 5))
 
@@ -75,7 +75,7 @@ def test_the_gap_of_any_linear_ladder_is_the_kl_of_two_joint_gaussians(engine: s
             q = extend(q, Affine(share @ step.matrix, offset, variance), slice(len(q.mean) - WIDE.dims[i + 1], None))
         assert q is not None
         gap.append(kl(q, WIDE.posterior(x)))
-    spec = LadderVAE(5, WIDE.dims, (1, 1, 1), depth=0, normalization="none", likelihood=Gaussian(scale=0.6))
+    spec = LadderVAE(5, WIDE.dims, (1, 1, 1), depth=0, likelihood=Gaussian(scale=0.6))
     found = program(engine, spec, WIDE.decoder_weights() | encoder_weights(layers, softplus=True))
     for analytic in (False, True):
         gaps = WIDE.log_evidence(X) - found.apply(log_weight, (X,), num_particles=4000, seed=2, analytic_kl=analytic)
