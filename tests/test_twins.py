@@ -90,7 +90,8 @@ SMALL = VAE(data_dim=16, latent_dim=3, network=MLP(hidden=(5,)))
 LINEAR = LinearVAE(data_dim=5, latent_dim=3, scale=0.6)
 
 ROWS: list[Spec] = [
-    *(VAE(16, 3, *parts) for parts in product(NETWORKS, LIKELIHOODS, GUIDES)),
+    *(VAE(16, 3, NETWORKS[0], likelihood) for likelihood in LIKELIHOODS),
+    *(VAE(16, 3, network, LIKELIHOODS[-1], guide) for network, guide in product(NETWORKS, GUIDES)),
     *(replace(SMALL, network=MLP(hidden=(5,), activation=name)) for name in ACTIVATIONS),
     replace(SMALL, network=MLP(hidden=())),
     replace(SMALL, network=MLP(hidden=(5, 4), normalization="layer")),
