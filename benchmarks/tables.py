@@ -290,8 +290,8 @@ def depth(record: dict[str, Any]) -> str:
     setting = (
         f"{first['steps']} steps of {config['batch_size']} images each, {first['share_of_protocol']:.3%} of the images "
         f"of NVAE's training on MNIST; {config['width']} channels, {config['hidden']} inside the blocks, "
-        f"{config['latent_channels']} latent ones; held out: {config['num_test']} images, one draw of each. Memory is "
-        "what XLA says it sets aside for intermediate results."
+        f"{config['latent_channels']} latent ones; held out: {config['num_test']} images, one draw of each; one seed. "
+        "Memory is what XLA says it sets aside for intermediate results."
     )
     falls = []
     for few, many in itertools.pairwise(found):
