@@ -5,6 +5,7 @@ python benchmarks/tables.py
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -338,6 +339,75 @@ def hierarchy_figure(record: dict[str, Any]) -> Figure:
     return figure
 
 
+# --- depth ----------------------------------------------------------------------------------------------------------
+
+
+def depth(record: dict[str, Any]) -> str:
+    """Cost and gain of each depth, what the layers carry, and the differences."""
+    from elbozoo.benchmarks.depth import fall
+
+    cells, config = record["cells"], record["config"]
+    found = [layers for layers in config["layers"] if f"recomputed-{layers}" in cells]
+    head = ["layers", "compile: processor s (clock)", "compile, recomputing", "step: processor s (clock)"]
+    head += ["step, recomputing", "memory, MiB", "memory, recomputing", "bits/dim ± s.e.", "rate, nats", "skipped"]
+    rows = [_depth_row(cells[f"trained-{n}"], cells[f"recomputed-{n}"]) for n in found]
+    first = cells[f"trained-{found[0]}"]
+    setting = (
+        f"{first['steps']} steps of {config['batch_size']} images each, {first['share_of_protocol']:.3%} of the images "
+        f"of NVAE's training on MNIST; {config['width']} channels, {config['hidden']} inside the blocks, "
+        f"{config['latent_channels']} latent ones; held out: {config['num_test']} images, one draw of each; one seed. "
+        "Memory is what XLA says it sets aside for intermediate results."
+    )
+    falls = []
+    for few, many in itertools.pairwise(found):
+        mean, error = fall(cells, few, many)
+        word = "falls" if mean > 2 * error else "rises" if mean < -2 * error else "does not move"
+        falls.append(f"from {few} to {many} layers it {word} ({-mean:+.4f} ± {error:.4f}, paired over images)")
+    words = f"-ELBO in bits per dimension: {'; '.join(falls)}." if falls else ""
+    picture = "![Nats of each layer, by depth, from the first to be drawn](figures/depth.svg)"
+    return "\n\n".join(part for part in (setting, table(head, rows), words, picture) if part)
+
+
+def _depth_row(cell: Mapping[str, Any], lean: Mapping[str, Any]) -> list[str]:
+    def seconds(c: Mapping[str, Any], name: str, digits: int) -> str:
+        return f"{c[f'{name}_processor_seconds']:.{digits}f} ({c[f'{name}_seconds']:.{digits}f})"
+
+    rate = sum(sum(nats) for nats in cell["nats_by_layer"].values())
+    return [
+        str(cell["layers"]),
+        seconds(cell, "compile", 0),
+        seconds(lean, "compile", 0),
+        seconds(cell, "step", 2),
+        seconds(lean, "step", 2),
+        *(f"{c['temporary_bytes'] / 2**20:.0f}" for c in (cell, lean)),
+        f"{cell['bits_per_dim']:.3f} ± {cell['bits_per_dim_se']:.3f}",
+        f"{rate:.1f}",
+        f"{cell['skipped']:.1%}",
+    ]
+
+
+def depth_figure(record: dict[str, Any]) -> Figure:
+    """The rate of every layer, in the order in which layers are drawn; a line where the resolution doubles."""
+    from matplotlib.figure import Figure
+
+    cells = [cell for key, cell in record["cells"].items() if key.startswith("trained-")]
+    figure = Figure(figsize=(3.2 * len(cells), 2.8), layout="constrained")
+    for axes, cell in zip(np.ravel(figure.subplots(1, len(cells), sharey=True)), cells, strict=True):
+        end, nats = 0, cell["nats_by_layer"]
+        for site, shape in cell["shapes"].items():
+            place = 1 + end + np.arange(len(nats[site]))
+            grey = "0.25" if site == "z1" else "0.65"
+            axes.bar(place, nats[site], color=grey, label=f"{site}: {shape[-2]}×{shape[-1]}")
+            end += len(nats[site])
+        axes.set_yscale("symlog", linthresh=0.01)
+        axes.set_title(f"{cell['layers']} layers: {sum(map(sum, nats.values())):.1f} nats", fontsize=10)
+        axes.set_xlabel("layer, as drawn")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("rate of the layer, nats")
+    return figure
+
+
 def write_figures() -> None:
     """Draw the pictures of the page."""
     import io
@@ -475,8 +545,9 @@ def guides(record: dict[str, Any]) -> str:
     )
 
 
-FIGURE_WRITERS = {"hierarchy": hierarchy_figure, "local_minima": local_minima_figure}
+FIGURE_WRITERS = {"depth": depth_figure, "hierarchy": hierarchy_figure, "local_minima": local_minima_figure}
 WRITERS = {
+    "depth": depth,
     "guides": guides,
     "hierarchy": hierarchy,
     "instruments": instruments,

@@ -204,9 +204,9 @@ def _score(site: Any, layout: _Layout) -> jax.Array:
 def _log_prob(site: Any, layout: _Layout) -> tuple[jax.Array, bool]:
     """Per-dimension log density ``(*P, D)``, less the shared plates' scale; whether it factorises."""
     fn, factors = _strip(site["fn"])
-    if fn.event_dim:
-        fn, factors = site["fn"], 0
     value, intermediates = site["value"], site["intermediates"]
+    if fn.event_dim and intermediates:  # of a flow, which may have no inverse
+        fn, factors = site["fn"], 0
     log_prob = fn.log_prob(value, intermediates) if intermediates and factors == 0 else fn.log_prob(value)
     terms = plates_first(_rescale(log_prob, site, layout, factors), log_prob.ndim - factors, layout.dims)
     return terms, factors > 0 or site["fn"].event_dim == 0
@@ -223,7 +223,7 @@ def _rescale(x: jax.Array, site: Any, layout: _Layout, event_ndim: int) -> jax.A
 def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout) -> dict[str, jax.Array]:
     """``KL(q || p)`` ``(*P)``, and its terms ``(*P, D)`` where both factorise alike; empty: no closed form."""
     (q, q_factors), (p, p_factors) = _strip(guide_site["fn"]), _strip(model_site["fn"])
-    factors = q_factors if q_factors == p_factors and not q.event_dim and not p.event_dim else 0
+    factors = q_factors if q_factors == p_factors else 0
     if factors == 0:
         q, p = guide_site["fn"], model_site["fn"]
     scale, guide_scale = model_site["scale"], guide_site["scale"]

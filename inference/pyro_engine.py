@@ -147,8 +147,6 @@ def _score(site: Any, layout: _Layout, particle_dim: int | None) -> torch.Tensor
 def _log_prob(site: Any, layout: _Layout, particle_dim: int | None) -> tuple[torch.Tensor, bool]:
     """Per-dimension log density ``(K, *P, D)``, less the shared plates' scale, and whether it factorises."""
     fn, factors = _strip(site["fn"])
-    if fn.event_dim:
-        fn, factors = site["fn"], 0
     log_prob = _scale_and_mask(fn.log_prob(site["value"]), site, layout, factors)
     return _lead(log_prob, factors, layout, particle_dim), factors > 0 or site["fn"].event_dim == 0
 
@@ -165,7 +163,7 @@ def _analytic_kl(
 ) -> dict[str, torch.Tensor]:
     """``KL(q || p)`` ``(K, *P)``, and its terms ``(K, *P, D)`` where both factorise alike; empty: no closed form."""
     (q, q_factors), (p, p_factors) = _strip(guide_site["fn"]), _strip(model_site["fn"])
-    factors = q_factors if q_factors == p_factors and not q.event_dim and not p.event_dim else 0
+    factors = q_factors if q_factors == p_factors else 0
     if factors == 0:
         q, p = guide_site["fn"], model_site["fn"]
     same_scale = guide_site["scale"] is model_site["scale"] or (

@@ -25,6 +25,8 @@ class Site:
             of a reparameterised value, which are then not worked out.
         log_guide: ``log q(z | parents in the guide, x)``, ``(K, *P)``; ``None`` as above.
         log_prior_terms, log_guide_terms: the same per latent dimension, ``(K, *P, D)``; ``None`` unless both factorise.
+            A dimension is an entry of the dims that ``to_event`` made events: where what lies below is a joint
+            distribution (of a vector, of a layer), it is one of those.
         kl: analytic ``KL(q || p)`` of the site given what was drawn before it, ``(K, *P)``; ``None`` when it was not
             asked for, has no closed form, or would be wrong because the model's site depends on a value that the guide
             draws later.

@@ -3,6 +3,7 @@
 if __name__ == "zoo":
     raise ImportError("zoo must be a part of elbozoo; got the bare name. Write `import elbozoo.zoo`.")
 
+from elbozoo.zoo.deep_hierarchical_vae import DeepHierarchicalVAE
 from elbozoo.zoo.hierarchical_vae import HierarchicalVAE
 from elbozoo.zoo.ladder_vae import LadderVAE
 from elbozoo.zoo.likelihoods import (
@@ -26,6 +27,7 @@ __all__ = [
     "Bernoulli",
     "ContinuousBernoulli",
     "Conv",
+    "DeepHierarchicalVAE",
     "DiscretizedLogistic",
     "FlowPrior",
     "Gaussian",

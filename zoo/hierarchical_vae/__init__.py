@@ -7,7 +7,7 @@ from typing import Any
 
 from elbozoo.guides import DiagonalGaussian, Family
 from elbozoo.inference.errors import must
-from elbozoo.inference.parts import instance_of, one_of, whole_number, whole_numbers
+from elbozoo.inference.parts import instance_of, one_of, positive, whole_number, whole_numbers
 from elbozoo.zoo.likelihoods import Bernoulli, Likelihood
 from elbozoo.zoo.networks import ACTIVATIONS, MLP, NORMALIZATIONS
 from elbozoo.zoo.priors import Prior, StandardNormal
@@ -29,6 +29,7 @@ class Hierarchy(Spec):
     depth: int = 2
     activation: str = "tanh"
     normalization: str = "none"
+    output_gain: float = 1.0
     likelihood: Likelihood = dataclasses.field(default_factory=Bernoulli)
     prior: Prior = dataclasses.field(default_factory=StandardNormal)
 
@@ -44,6 +45,7 @@ class Hierarchy(Spec):
         whole_number("depth", self.depth, least=0)
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("normalization", self.normalization, NORMALIZATIONS)
+        positive("output_gain", self.output_gain)
         instance_of("likelihood", self.likelihood, Likelihood)
         self.likelihood.check_data_dim(self.data_dim)
         instance_of("prior", self.prior, Prior)
@@ -56,7 +58,8 @@ class Hierarchy(Spec):
     @property
     def networks(self) -> tuple[MLP, ...]:
         """The architecture between each latent layer and what is below it, next to the data first."""
-        return tuple(MLP((units,) * self.depth, self.activation, self.normalization) for units in self.hidden)
+        settings = (self.activation, self.normalization, self.output_gain)
+        return tuple(MLP((units,) * self.depth, *settings) for units in self.hidden)
 
     @property
     def decoder_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -92,6 +95,8 @@ class HierarchicalVAE(Hierarchy):
         depth: hidden layers in each of these networks.
         activation: one of ``ACTIVATIONS``, after every hidden layer.
         normalization: "layer" or "none", of every hidden layer.
+        output_gain: factor on the initial weights of every network's last layer. Scales are exponentials of what may be
+            a tower of networks: beyond two layers, or with an activation without bounds, begin with 0.1.
         likelihood: family of x given z_1.
         prior: family of z_L; not one that is made of q(z_L | x), which this guide does not have.
         guide: family of each z_l given what is below it.

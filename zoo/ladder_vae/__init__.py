@@ -38,6 +38,7 @@ class LadderVAE(Hierarchy):
         depth: hidden layers in each of these networks.
         activation: one of ``ACTIVATIONS``, after every hidden layer.
         normalization: "none" or "layer", of every hidden layer.
+        output_gain: factor on the initial weights of every network's last layer.
         likelihood: family of x given z_1.
         prior: family of z_L.
 
@@ -58,6 +59,7 @@ class LadderVAE(Hierarchy):
     latent_dims: tuple[int, ...] = (64, 32, 16, 8, 4)
     hidden: tuple[int, ...] = (512, 256, 128, 64, 32)
     activation: str = "leaky_relu"
+    output_gain: float = 0.1
 
     @property
     def encoder_sizes(self) -> tuple[tuple[int, int], ...]:

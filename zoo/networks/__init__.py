@@ -15,7 +15,7 @@ from math import prod
 from typing import ClassVar
 
 from elbozoo.inference.errors import must
-from elbozoo.inference.parts import Part, one_of, whole_number, whole_numbers
+from elbozoo.inference.parts import Part, one_of, positive, whole_number, whole_numbers
 
 __all__ = ["ACTIVATIONS", "MLP", "NORMALIZATIONS", "Conv", "Network"]
 
@@ -45,6 +45,8 @@ class MLP(Network):
         activation: one of ``ACTIVATIONS``, after every hidden layer.
         normalization: "layer" standardises every hidden layer over its units before the activation, then scales and
             shifts it (weight 1 and bias 0 at first); "none" does not.
+        output_gain: factor on the last layer's initial weights. Below 1 a tower of networks begins near its biases:
+            scales near one, evidence near none.
 
     Parameters: ``layers.<i>.weight`` (out, in), ``layers.<i>.bias`` (out,); ``norms.<i>.weight``, ``norms.<i>.bias``
     (units,) under layer normalisation.
@@ -59,11 +61,13 @@ class MLP(Network):
     hidden: tuple[int, ...] = (200, 200)
     activation: str = "tanh"
     normalization: str = "none"
+    output_gain: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", whole_numbers("hidden", self.hidden))
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("normalization", self.normalization, NORMALIZATIONS)
+        positive("output_gain", self.output_gain)
 
 
 @dataclasses.dataclass(frozen=True)

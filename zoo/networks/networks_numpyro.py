@@ -85,6 +85,8 @@ class MLPEncoder(nnx.Module):
         self.activation = ACTIVATIONS[spec.activation]
         sizes = (num_inputs, *spec.hidden, num_outputs)
         self.layers = nnx.List([linear(*pair, rngs=rngs) for pair in pairwise(sizes)])
+        last = self.layers[-1].kernel
+        last[...] = spec.output_gain * last[...]
         self.norms = nnx.List([LayerNorm(units) for units in spec.hidden if spec.normalization == "layer"])
 
     def features(self, x: Array) -> Array:

@@ -49,6 +49,8 @@ class MLPEncoder(nn.Module):
         self.activation = ACTIVATIONS[spec.activation]
         sizes = (num_inputs, *spec.hidden, num_outputs)
         self.layers = nn.ModuleList([linear(*pair) for pair in pairwise(sizes)])
+        with torch.no_grad():
+            self.layers[-1].weight.mul_(spec.output_gain)
         self.norms = nn.ModuleList([nn.LayerNorm(units) for units in spec.hidden if spec.normalization == "layer"])
 
     def features(self, x: Tensor) -> Tensor:
