@@ -31,7 +31,7 @@ import tyro
 
 from elbozoo.benchmarks.datasets import load
 from elbozoo.benchmarks.records import Record
-from elbozoo.inference import ELBO, AnnealedKL, FreeBits, LayerwiseAnnealedKL, Objective, evaluate, fit
+from elbozoo.inference import ELBO, Adam, AnnealedKL, FreeBits, LayerwiseAnnealedKL, Objective, evaluate, fit
 from elbozoo.zoo import HierarchicalVAE, LadderVAE
 
 PROTOCOL = 60_000 * 2000
@@ -57,9 +57,10 @@ class Config:
         num_train: training images.
         epochs: passes over them.
         warmup: share of the run until the KL is charged in full.
-        batch_size, learning_rate: of Adam's steps.
+        batch_size, learning_rate, clip_norm: of Adam's steps.
         latent_dims, hidden: of five layers, next to the data first; L layers are the first L.
         normalization: "none" or "layer", of the hidden layers.
+        output_gain: factor on the last layers' initial weights.
         free_bits: nats a layer.
         num_particles: K of the reported NLL.
         num_test: held-out images.
@@ -74,13 +75,15 @@ class Config:
     objectives: tuple[str, ...] = ("plain", "warm-up", "free-bits", "warm-up-free-bits", "layerwise")
     num_seeds: int = 4
     num_train: int = 20_000
-    epochs: int = 16
+    epochs: int = 12
     warmup: float = 0.875
     batch_size: int = 128
     learning_rate: float = 5e-4
+    clip_norm: float = 50.0
     latent_dims: tuple[int, ...] = (64, 32, 16, 8, 4)
     hidden: tuple[int, ...] = (128, 64, 48, 32, 24)
     normalization: str = "none"
+    output_gain: float = 0.1
     free_bits: float = 2.0
     num_particles: int = 200
     num_test: int = 500
@@ -111,8 +114,9 @@ def measure(config: Config, layers: int, guide: str, objective: str) -> dict[str
     data = load(config.data, data_dir=config.data_dir)
     train, test = data.train[: config.num_train], data.test[: config.num_test]
     kind = {"bottom-up": HierarchicalVAE, "ladder": LadderVAE}[guide]
-    shape = {"latent_dims": config.latent_dims[:layers], "hidden": config.hidden[:layers]}
-    spec = kind(train.shape[1], **shape, activation="leaky_relu", normalization=config.normalization)
+    shape: dict[str, Any] = {"latent_dims": config.latent_dims[:layers], "hidden": config.hidden[:layers]}
+    shape |= {"normalization": config.normalization, "output_gain": config.output_gain}
+    spec = kind(train.shape[1], **shape, activation="leaky_relu")
     began = time.perf_counter()
     runs = fit(
         spec.numpyro(),
@@ -120,7 +124,7 @@ def measure(config: Config, layers: int, guide: str, objective: str) -> dict[str
         objective=objective_of(config, objective, layers),
         epochs=config.epochs,
         batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
+        optimizer=Adam(config.learning_rate, clip_norm=config.clip_norm),
         binarize="stochastic",
         replicates=config.num_seeds,
     )
