@@ -183,3 +183,13 @@ def test_a_guide_for_other_latents_is_refused(engine: str) -> None:
     )
     with pytest.raises(InvalidArgument, match=message):
         fit(mixed, np.zeros((8, 6)), epochs=1, progress=False)
+
+
+def test_last_layers_begin_at_their_share_of_glorots_bound(engine: str) -> None:
+    from test_twins import initial_weights
+
+    spec = HierarchicalVAE(40, (30, 20), (50, 40), depth=1, output_gain=0.1)
+    for name, array in initial_weights(engine, spec).items():
+        if name.endswith(".weight"):
+            bound = (6 / sum(array.shape)) ** 0.5 * (0.1 if ".layers.1." in name else 1.0)
+            assert 0.9 * bound < np.abs(array).max() <= bound, name

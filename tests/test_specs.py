@@ -60,7 +60,7 @@ def test_config_is_plain() -> None:
         "class": "VAE",
         "data_dim": 3,
         "latent_dim": 50,
-        "network": {"class": "MLP", "hidden": [4], "activation": "tanh", "normalization": "none"},
+        "network": {"class": "MLP", "hidden": [4], "activation": "tanh", "normalization": "none", "output_gain": 1.0},
         "likelihood": {"class": "Bernoulli"},
         "guide": {"class": "DiagonalGaussian"},
         "prior": {"class": "StandardNormal"},

@@ -48,9 +48,10 @@ class MLPEncoder(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[spec.activation]
         sizes = (num_inputs, *spec.hidden, num_outputs)
-        self.layers = nn.ModuleList([linear(*pair) for pair in pairwise(sizes)])
+        layers = [linear(*pair) for pair in pairwise(sizes)]
         with torch.no_grad():
-            self.layers[-1].weight.mul_(spec.output_gain)
+            layers[-1].weight.mul_(spec.output_gain)
+        self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList([nn.LayerNorm(units) for units in spec.hidden if spec.normalization == "layer"])
 
     def features(self, x: Tensor) -> Tensor:
