@@ -402,8 +402,10 @@ def depth_figure(record: dict[str, Any]) -> Figure:
         axes.set_yscale("symlog", linthresh=0.01)
         axes.set_title(f"{cell['layers']} layers: {sum(map(sum, nats.values())):.1f} nats", fontsize=10)
         axes.set_xlabel("layer, as drawn")
-        axes.legend(frameon=False, fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     figure.axes[0].set_ylabel("rate of the layer, nats")
     return figure
 
