@@ -18,8 +18,6 @@ nats and active units of each layer. The default is a small share of the paper's
 from __future__ import annotations
 
 import itertools
-import math
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,8 +28,9 @@ import numpy as np
 import tyro
 
 from elbozoo.benchmarks.datasets import load
-from elbozoo.benchmarks.records import Record
+from elbozoo.benchmarks.records import Record, compiled_once
 from elbozoo.inference import ELBO, Adam, AnnealedKL, FreeBits, LayerwiseAnnealedKL, Objective, evaluate, fit
+from elbozoo.inference.arrays import standard_error
 from elbozoo.zoo import HierarchicalVAE, LadderVAE
 
 PROTOCOL = 60_000 * 2000
@@ -109,6 +108,12 @@ def worth(layers: int, guide: str, objective: str) -> bool:
     return not (layers == 1 and guide == "ladder") and (objective in ("plain", "warm-up") or layers == 5)
 
 
+def grid(config: Config) -> list[tuple[int, str, str]]:
+    """Every cell that is run: layers, guide and objective."""
+    every = itertools.product(config.layers, config.objectives, config.guides)
+    return [(layers, guide, objective) for layers, objective, guide in every if worth(layers, guide, objective)]
+
+
 def measure(config: Config, layers: int, guide: str, objective: str) -> dict[str, Any]:
     """Train and evaluate the seeds of one cell."""
     data = load(config.data, data_dir=config.data_dir)
@@ -160,7 +165,7 @@ def gap(cells: Cells, one: str, two: str) -> tuple[float, float] | None:
     if one not in cells or two not in cells:
         return None
     difference = np.subtract(cells[one]["nll"], cells[two]["nll"])
-    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+    return float(difference.mean()), standard_error(difference)
 
 
 def nats(cells: Cells, key: str) -> np.ndarray | None:
@@ -210,22 +215,15 @@ def main(config: Config) -> None:
             num_test=50,
             results=config.results.with_name("smoke_hierarchy.json"),
         )
-    import jax  # here, so that the tables can be written without it
-
     record = Record(config.results, __doc__ or "", config, ("numpyro",), grid=("layers", "guides", "objectives"))
-    with tempfile.TemporaryDirectory() as folder:  # cells that differ in their objective are evaluated by one program
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-        for layers, objective, guide in itertools.product(config.layers, config.objectives, config.guides):
-            if not worth(layers, guide, objective):
-                continue
+    with compiled_once():  # cells that differ in their objective are evaluated by one program
+        for layers, guide, objective in grid(config):
             key = f"{layers}-{guide}-{objective}"
             cell = record.cell(key, lambda c=(layers, guide, objective): measure(config, *c))
             by_layer = " ".join(f"{n:.2f}" for n in np.mean(cell["nats"], axis=0))
             seconds = cell["train_seconds"] + cell["evaluate_seconds"]
             nll = f"NLL {np.mean(cell['nll']):.2f} (K={config.num_particles})"
             print(f"{key}: {nll}, nats {by_layer}, {seconds:.0f} s", flush=True)
-        jax.config.update("jax_compilation_cache_dir", None)
     record.check(claims(record.content["cells"]))
 
 

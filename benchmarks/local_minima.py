@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ import numpy as np
 import tyro
 
 from elbozoo.benchmarks.datasets import load
-from elbozoo.benchmarks.records import Record
+from elbozoo.benchmarks.records import Record, compiled_once
 from elbozoo.inference import (
     ELBO,
     IWAE,
@@ -237,12 +236,8 @@ def main(config: Config) -> None:
             num_test=50,
             results=config.results.with_name("smoke_local_minima.json"),
         )
-    import jax  # here, so that the tables can be written without it
-
     record = Record(config.results, __doc__ or "", config, ("numpyro",), grid=("decoders", "starts", "objectives"))
-    with tempfile.TemporaryDirectory() as folder:  # cells that differ in their start alone are compiled once
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    with compiled_once():  # cells that differ in their start alone are compiled once
         for decoder, start, objective in itertools.product(config.decoders, config.starts, config.objectives):
             key = f"{decoder}-{start}-{objective}"
             cell = record.cell(key, lambda c=(decoder, start, objective): measure(config, *c))
@@ -253,7 +248,6 @@ def main(config: Config) -> None:
                 f"{sum(cell['collapsed'])} of {count} collapsed, {cell['num_minima']} minima, {seconds:.0f} s",
                 flush=True,
             )
-        jax.config.update("jax_compilation_cache_dir", None)
     record.check(claims(record.content["cells"], config.tolerance))
 
 

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,20 @@ def machine() -> dict[str, Any]:
             model,
         )
     return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """Inside, what JAX compiles is kept for later cells of the same program, though each of them makes it anew."""
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
 
 
 class Record:

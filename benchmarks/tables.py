@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elbozoo.benchmarks import hierarchy as hierarchy_script
 from elbozoo.benchmarks.guides import FAMILIES, LOCAL, ORDER, amortisation, gap, interval
 from elbozoo.benchmarks.iwae_mnist import PUBLISHED
 from elbozoo.inference.storage import write_atomically
@@ -281,12 +282,12 @@ def local_minima_figure(record: dict[str, Any]) -> Figure:
 def hierarchy(record: dict[str, Any]) -> str:
     """NLL and nats of each layer by depth, guide and objective."""
     cells, config = record["cells"], record["config"]
-    ordered = sorted(
-        cells.values(), key=lambda c: (c["layers"], c["guide"], config["objectives"].index(c["objective"]))
-    )
+    order = hierarchy_script.Config.objectives
+    ordered = sorted(cells.values(), key=lambda c: (c["layers"], c["guide"], order.index(c["objective"])))
     any_cell = ordered[0]
     setting = (
-        f"{len(any_cell['nll'])} seeds a cell, {config['num_train']} images, {config['epochs']} epochs "
+        f"{len(cells)} of {len(hierarchy_script.grid(hierarchy_script.Config()))} cells, "
+        f"{len(any_cell['nll'])} seeds each, {config['num_train']} images, {config['epochs']} epochs "
         f"({any_cell['share_of_protocol']:.2%} of the images that the paper's protocol sees); NLL with "
         f"K = {any_cell['num_particles']} on {any_cell['num_data']} held-out images, whose choice has a standard error "
         f"of {np.mean(any_cell['nll_se']):.2f} nats that all cells share. ± is the standard deviation over seeds; the "
@@ -299,17 +300,18 @@ def hierarchy(record: dict[str, Any]) -> str:
 
 
 def _hierarchy_row(cells: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
-    plain = cells.get(f"{cell['layers']}-{cell['guide']}-plain")
-    gain = ""
-    if plain is not None and plain is not cell:
-        difference = np.subtract(plain["nll"], cell["nll"])
-        gain = f"{difference.mean():.2f} ± {difference.std(ddof=1) / len(difference) ** 0.5:.2f}"
+    base = f"{cell['layers']}-{cell['guide']}"
+    gain = (
+        None
+        if cell["objective"] == "plain"
+        else hierarchy_script.gap(cells, f"{base}-plain", f"{base}-{cell['objective']}")
+    )
     return [
         str(cell["layers"]),
         "(one)" if cell["layers"] == 1 else cell["guide"],
         cell["objective"],
         f"{np.mean(cell['nll']):.2f} ± {np.std(cell['nll'], ddof=1):.2f}",
-        gain,
+        "" if gain is None else f"{gain[0]:.2f} ± {gain[1]:.2f}",
         ", ".join(f"{n:.2f}" for n in np.mean(cell["nats"], axis=0)),
         ", ".join(f"{n:.1f}" for n in np.mean(cell["active"], axis=0)),
     ]

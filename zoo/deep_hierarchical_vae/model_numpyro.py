@@ -121,8 +121,11 @@ class Guide:
         (_, _, height, width), patch = self.spec.shapes["z1"], self.spec.patch
         pixels = (2 * x - 1).reshape(-1, channels, height, patch, width, patch).transpose(0, 2, 4, 1, 3, 5)
         state, features = convolve(encoder["input"], pixels.reshape(*pixels.shape[:3], -1)), []
+
+        def block(state: Array, net: Weights) -> tuple[Array, None]:
+            return state + residual(net, state), None
+
         for group in reversed(range(len(self.spec.blocks))):
-            block = lambda state, net: (state + residual(net, state), None)  # noqa: E731
             nets, count = encoder["residuals"][group], self.spec.blocks[group]
             state = repeat(block, state, nets, count, self.spec.remat)[0]
             features.append(state.reshape(*x.shape[:-1], *state.shape[1:]))
