@@ -6,10 +6,11 @@ if __name__ == "inference":
 from elbozoo.inference.annealing import AnnealedLikelihood, Bracket, annealed_importance_sampling, bracket
 from elbozoo.inference.calibration import Calibration, calibrate
 from elbozoo.inference.diagnosis import Diagnosis, diagnose
+from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate, GumbelSoftmax
 from elbozoo.inference.errors import CorruptFile, ElbozooError, InvalidArgument, NonFinite, Refused
 from elbozoo.inference.evaluation import Evaluation, evaluate
 from elbozoo.inference.exact import exact_log_lik
-from elbozoo.inference.gradients import STL, DReG, GradientEstimator, Pathwise, ScoreFunction
+from elbozoo.inference.gradients import RWS, STL, VIMCO, Covariance, DReG, GradientEstimator, Pathwise, ScoreFunction
 from elbozoo.inference.ground_truth import GroundTruth, ground_truth
 from elbozoo.inference.information import Bottleneck, bottleneck
 from elbozoo.inference.minima import Course, LocalMinima, local_minima
@@ -24,14 +25,18 @@ from elbozoo.inference.terms import Site, Terms
 from elbozoo.inference.training import Run, fit
 
 __all__ = [
+    "ARM",
     "CIWAE",
     "ELBO",
     "IWAE",
     "MIWAE",
     "PIWAE",
     "PPCA",
+    "REBAR",
+    "RWS",
     "STL",
     "TVO",
+    "VIMCO",
     "Adam",
     "AnnealedKL",
     "AnnealedLikelihood",
@@ -44,14 +49,18 @@ __all__ = [
     "Collapsed",
     "CorruptFile",
     "Course",
+    "Covariance",
     "DReG",
     "Diagnosis",
+    "DisARM",
     "ElbozooError",
+    "Enumerate",
     "Evaluation",
     "FreeBits",
     "Gaps",
     "GradientEstimator",
     "GroundTruth",
+    "GumbelSoftmax",
     "Informative",
     "InvalidArgument",
     "LayerwiseAnnealedKL",

@@ -59,26 +59,27 @@ def stop_gradient(x: Array) -> Array:
             return jax_stop_gradient(x)
 
 
+def namespace(x: Array) -> Any:
+    """The module whose functions are for ``x``: what they have in common they call alike (``exp``, ``where``, …)."""
+    match _library(x):
+        case "numpy":
+            return np
+        case "torch":
+            return sys.modules["torch"]
+        case _:
+            import jax.numpy as jnp
+
+            return jnp
+
+
 def cos(x: Array) -> Array:
     """``cos x``; a Python number stays one."""
-    if _library(x) == "numpy":
-        return np.cos(x)
-    if _library(x) == "torch":
-        return x.cos()
-    import jax.numpy as jnp
-
-    return jnp.cos(x)
+    return namespace(x).cos(x)
 
 
 def expm1(x: Array) -> Array:
     """``exp x - 1`` without loss of digits near 0; a Python number stays one."""
-    if _library(x) == "numpy":
-        return np.expm1(x)
-    if _library(x) == "torch":
-        return x.expm1()
-    import jax.numpy as jnp
-
-    return jnp.expm1(x)
+    return namespace(x).expm1(x)
 
 
 def swap_each(x: Array, y: Array) -> Array:

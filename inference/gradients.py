@@ -19,14 +19,18 @@ ScoreFunction  ``∂F/∂l_k``   0                        ``∂F/∂l_k - (F - b
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 from jaxtyping import Float
 
-from elbozoo.inference.arrays import Array, stop_gradient, swap_each
+from elbozoo.inference.arrays import Array, namespace, stop_gradient, swap_each
 from elbozoo.inference.errors import Refused, must
+from elbozoo.inference.parts import number, one_of, whole_number
 from elbozoo.inference.terms import Terms
 
 if TYPE_CHECKING:
@@ -46,9 +50,30 @@ class GradientEstimator(ABC):
     allows_analytic_kl = False
     allows_gain_per_dimension = True
 
+    @property
+    def uses_step(self) -> bool:
+        """Whether a schedule in it reads the optimisation step."""
+        return False
+
+    def initial(self, data: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The estimator's own numbers before the first step: those that gradients train, and its memory.
+
+        Args:
+            data: the program's first argument.
+        """
+        return {}, {}
+
+    def remember(self, bound: Bound, terms: Terms) -> Mapping[str, Array]:
+        """The memory after a step with these terms, under the same names."""
+        return terms.memory
+
     @abstractmethod
     def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
         """A function of ``terms`` whose gradient is the estimate."""
+
+    def value(self, bound: Bound, terms: Terms) -> PerDatum:
+        """The bound's value that is reported; an estimator that knows it with less noise has its own."""
+        return bound.model_bound.value(terms.log_weight)
 
     def check_terms(self, bound: Bound, terms: Terms) -> None:
         """Refuse sites that this estimator cannot serve, at the first step.
@@ -134,24 +159,48 @@ class DReG(GradientEstimator):
         return weighted(terms, bound.model_bound.weight(log_weight), path, None)
 
 
+Baseline = Literal["leave-one-out", "none", "running-mean", "learned"]
+
+
 @dataclass(frozen=True)
 class ScoreFunction(GradientEstimator):
-    r"""The score-function (REINFORCE) gradient with a leave-one-out baseline.
+    r"""The score-function (REINFORCE) gradient with a baseline.
 
     .. math:: \sum_k (F - b_k)\, \partial_\phi \log q_\phi(z_k|x) + \partial F
 
-    ``b_k`` is the bound with ``l_k`` replaced by the mean of the other particles' ``l`` (for IWAE this is VIMCO's
-    geometric baseline; for the ELBO the leave-one-out mean); it does not depend on ``z_k``, so the gradient stays
-    unbiased. At K = 1 there is no other particle and no baseline. Sites whose guide distribution is reparameterised
-    take the pathwise gradient, unless ``pathwise_where_possible`` is False.
+    No ``b_k`` depends on ``z_k``, so the gradient is unbiased whichever is used:
+
+    - ``"leave-one-out"``: the bound with ``l_k`` replaced by the mean of the other particles' ``l`` (for IWAE this is
+      VIMCO's geometric baseline; for the ELBO the leave-one-out mean). At K = 1 there is no other particle and no
+      baseline.
+    - ``"running-mean"``: a running mean of the bound over data and steps.
+    - ``"learned"``: that, and a network of the datum with one hidden layer, trained by least squares (NVIL).
+    - ``"none"``.
+
+    Sites whose guide distribution is reparameterised take the pathwise gradient, unless ``pathwise_where_possible`` is
+    False.
 
     Args:
         pathwise_where_possible: take the pathwise gradient at reparameterised sites; False scores every site.
+        baseline: see above.
+        decay: of the running mean.
+        hidden: units of the learned baseline.
 
-    References: Williams 1992; Mnih & Rezende 2016 (arXiv 1602.06725), eqs. 7–10; Kool et al. 2019.
+    Raises: InvalidArgument for an unknown baseline; with a learned one, for data that the network cannot read.
+    References: Williams 1992; Mnih & Rezende 2016 (arXiv 1602.06725), eqs. 7-10; Kool et al. 2019; Mnih & Gregor 2014
+        (arXiv 1402.0030), section 2.3, without its normalisation by the variance, which is no baseline and rescales
+        every step.
     """
 
     pathwise_where_possible: bool = True
+    baseline: Baseline = "leave-one-out"
+    decay: float = 0.9
+    hidden: int = 100
+
+    def __post_init__(self) -> None:
+        one_of("baseline", self.baseline, get_args(Baseline))
+        number("decay", self.decay, lambda v: 0 <= v < 1, "lie in [0, 1)", "Pass decay=0.9, say")
+        whole_number("hidden", self.hidden)
 
     @property
     def allows_analytic_kl(self) -> bool:
@@ -162,9 +211,30 @@ class ScoreFunction(GradientEstimator):
     def allows_gain_per_dimension(self) -> bool:
         return self.pathwise_where_possible
 
+    def initial(self, data: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        trained: dict[str, np.ndarray] = {}
+        if self.baseline == "learned":
+            features = math.prod(np.shape(data)[1:])
+            limit = (6.0 / (features + self.hidden)) ** 0.5
+            weight = np.random.default_rng(0).uniform(-limit, limit, (features, self.hidden))
+            trained = {"weight": weight, "bias": np.zeros(self.hidden), "readout": np.zeros(self.hidden)}
+        remembers = self.baseline in ("running-mean", "learned")
+        return trained, {"mean": np.zeros(()), "share": np.zeros(())} if remembers else {}
+
+    def remember(self, bound: Bound, terms: Terms) -> Mapping[str, Array]:
+        if not terms.memory:
+            return {}
+        old, value = terms.memory, bound.value(stop_gradient(terms.log_weight)).mean()
+        keep = self.decay
+        return {"mean": keep * old["mean"] + (1 - keep) * value, "share": keep * old["share"] + (1 - keep)}
+
     def check_terms(self, bound: Bound, terms: Terms) -> None:
         if not self.pathwise_where_possible:
             refuse_point_masses("ScoreFunction(pathwise_where_possible=False)", terms)
+        if self.baseline == "learned" and terms.log_lik.shape[1:] != np.shape(terms.data)[:1]:
+            todo = 'Pass the data first, in a plate that every site shares, or use baseline="running-mean"'
+            got = f"shape {tuple(np.shape(terms.data))} for bounds of shape {tuple(terms.log_lik.shape[1:])}"
+            raise must("the program's first argument under a learned baseline", "have a row a datum", got, todo)
 
     def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
         log_weight = stop_gradient(terms.log_weight)
@@ -178,8 +248,134 @@ class ScoreFunction(GradientEstimator):
             rest = weighted(terms, bound.model_bound.weight(log_weight), 0.0 * weight, weight)
         if not scored:
             return rest
-        signal = bound.value(log_weight) - leave_one_out(bound, log_weight)
-        return rest + (signal * sum(scored[1:], start=scored[0])).sum(axis=0)
+        value, baseline = bound.value(log_weight), self._baseline(bound, log_weight, terms)
+        signal = value - stop_gradient(baseline)
+        total = rest + (signal * sum(scored[1:], start=scored[0])).sum(axis=0)
+        return total - 0.5 * (value - baseline) ** 2 if self.baseline == "learned" else total
+
+    def _baseline(self, bound: Bound, log_weight: LogWeight, terms: Terms) -> Array:
+        """``(K, *P)`` or ``(*P)``; differentiable in the learned one's weights."""
+        if self.baseline == "leave-one-out":
+            return leave_one_out(bound, log_weight)
+        if self.baseline == "none":
+            return 0.0 * log_weight[0]
+        mean = terms.memory["mean"] / terms.memory["share"].clip(1e-6)
+        if self.baseline == "running-mean":
+            return mean
+        xp, own = namespace(log_weight), terms.trained
+        x = terms.data.reshape((terms.data.shape[0], -1)) * 1.0
+        return mean + xp.tanh(x @ own["weight"] + own["bias"]) @ own["readout"]
+
+
+@dataclass(frozen=True)
+class NVIL(ScoreFunction):
+    """The score function with a learned baseline of each datum: :class:`ScoreFunction` with ``baseline="learned"``.
+
+    References: Mnih & Gregor 2014 (arXiv 1402.0030), sections 2.3.1 and 2.3.2.
+    """
+
+    baseline: Baseline = "learned"
+
+
+@dataclass(frozen=True)
+class VIMCO(ScoreFunction):
+    r"""The score function for several particles, each with a baseline made of the others.
+
+    :class:`ScoreFunction` under the name it has for IWAE: ``b_k`` is the bound with ``w_k`` replaced by the geometric
+    mean of the other weights.
+
+    Raises: InvalidArgument at K = 1, where there are no others. References: Mnih & Rezende 2016 (arXiv 1602.06725),
+        eqs. 7-10.
+    """
+
+    def check_terms(self, bound: Bound, terms: Terms) -> None:
+        super().check_terms(bound, terms)
+        if self.baseline != "leave-one-out":
+            raise must("baseline of VIMCO", 'be "leave-one-out"', repr(self.baseline), "Use ScoreFunction(baseline=…)")
+        if terms.num_particles < 2:
+            todo = "Pass num_particles=5, say, or use gradient=DisARM() or REBAR()"
+            raise must("num_particles under VIMCO", "be at least 2", terms.num_particles, todo)
+
+
+@dataclass(frozen=True)
+class RWS(GradientEstimator):
+    r"""Reweighted wake-sleep: model and guide climb objectives of their own, and no site needs a path.
+
+    .. math:: \Delta\theta = \sum_k \tilde w_k\, \partial_\theta \log p_\theta(x, z_k),\qquad
+        \Delta\phi = a \sum_k \tilde w_k\, \partial_\phi \log q_\phi(z_k | x)
+        + s\, \partial_\phi \log q_\phi(z' | x'),\quad (z', x') \sim p_\theta
+
+    with ``w̃`` the normalised weights of the K particles. The model's is IWAE's gradient; the guide's first term lowers
+    ``KL(p(z|x) || q(z|x))`` (estimated with a bias that vanishes as K grows), its second the same under the model's
+    own data. It follows the gradient of no single bound.
+
+    Args:
+        wake: a, weight of the wake phase of the guide.
+        sleep: s, weight of its sleep phase; the program's observed sites must then observe its arguments as they came.
+
+    Raises: Refused for bounds other than IWAE, point masses, and a wake phase of one particle.
+    References: Bornschein & Bengio 2015 (arXiv 1406.2751), eqs. 4, 8, 9; Le et al. 2019 (arXiv 1805.10469).
+    """
+
+    wake: float = 1.0
+    sleep: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("wake", "sleep"):
+            number(name, getattr(self, name), lambda v: v >= 0, "be finite and at least 0", "1 and 0 is wake-wake")
+        if self.wake + self.sleep == 0:
+            raise must("wake + sleep", "be above 0 for the guide to learn", 0, "Pass wake=1.0")
+
+    def check_terms(self, bound: Bound, terms: Terms) -> None:
+        if type(bound).__name__ != "IWAE":
+            todo = "Use IWAE(num_particles=5, gradient=RWS()), or another gradient"
+            raise must("bound under RWS", "be IWAE", type(bound).__name__, todo, Refused)
+        if self.wake and terms.num_particles < 2:
+            todo = "Pass num_particles=5, say, or RWS(wake=0, sleep=1)"
+            raise must("num_particles under RWS", "be at least 2 in the wake phase", terms.num_particles, todo)
+        refuse_point_masses("RWS", terms)
+
+    def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
+        weight = bound.weight(stop_gradient(terms.log_weight))
+        total = weighted(terms, weight, 0.0 * weight, None)
+        if self.wake:
+            log_guide = list(terms.log_guide_at_stopped_values().values())
+            total = total + self.wake * (weight * sum(log_guide[1:], start=log_guide[0])).sum(axis=0)
+        if self.sleep:
+            total = total + self.sleep * terms.log_guide_of_dreams().mean(axis=0)
+        return total
+
+
+@dataclass(frozen=True)
+class Covariance(GradientEstimator):
+    r"""The thermodynamic objective's own score gradient, from self-normalised importance weights.
+
+    With :math:`\pi_\beta \propto q (p/q)^\beta`,
+
+    .. math:: \partial E_{\pi_\beta}[\log w] = E_{\pi_\beta}[\partial \log w]
+        + \mathrm{Cov}_{\pi_\beta}[\partial \log \tilde\pi_\beta, \log w]
+
+    and every expectation by the K particles with weights ``w^β``. It needs no path, so any site will do. Its bias in
+    K is that of the weights; :class:`ScoreFunction` is unbiased for the K-sample value of :class:`TVO`.
+
+    Raises: Refused for bounds other than TVO and point masses. References: Masrani et al. 2019 (arXiv 1907.00031),
+        eq. 12.
+    """
+
+    def check_terms(self, bound: Bound, terms: Terms) -> None:
+        if type(bound).__name__ != "TVO":
+            raise must(
+                "bound under Covariance", "be TVO", type(bound).__name__, "Use gradient=ScoreFunction()", Refused
+            )
+        refuse_point_masses("Covariance", terms)
+
+    def surrogate(self, bound: Any, terms: Terms) -> PerDatum:
+        log_weight = stop_gradient(terms.log_weight)
+        score = 0.0 * log_weight
+        for beta, width, w in bound.tempered(log_weight):
+            centred = log_weight - (w * log_weight).sum(axis=0)
+            score = score + width * w * (1.0 - (1.0 - beta) * centred)
+        return weighted(terms, bound.weight(log_weight), 0.0 * log_weight, score)
 
 
 def refuse_point_masses(estimator: str, terms: Terms) -> None:

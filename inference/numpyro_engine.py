@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,8 +27,9 @@ from numpyro.distributions import (
     Normal,
     biject_to,
 )
+from numpyro.distributions.distribution import validation_enabled
 from numpyro.distributions.kl import kl_divergence
-from numpyro.handlers import block, replay, seed, substitute, trace
+from numpyro.handlers import block, replay, seed, substitute, trace, uncondition
 from numpyro.handlers import seed as seed_handler
 from numpyro.infer import ELBO as NumPyroELBO
 from numpyro.infer.util import log_density
@@ -38,10 +40,15 @@ from numpyro.util import check_model_guide_match
 from elbozoo.inference.arrays import plates_first
 from elbozoo.inference.errors import InvalidArgument, Refused, must
 from elbozoo.inference.objectives import Objective
-from elbozoo.inference.terms import Site, Terms, check_drawn_for, check_made_of, own_parameters
+from elbozoo.inference.terms import Choice, Draw, Site, Terms, check_drawn_for, check_made_of, own_parameters
 from elbozoo.inference.weights import from_torch_layout, to_torch_layout
 
 _STEP = "elbozoo_step"
+_ESTIMATOR = "elbozoo_estimator"  # what a gradient estimator trains of its own
+_MEMORY = "elbozoo_memory"  # and what it remembers
+OWN_SITES = (_STEP, _ESTIMATOR, _MEMORY)
+"""Sites of a guide that are ours, not the program's."""
+
 Params = dict[str, Any]
 
 
@@ -71,6 +78,71 @@ class _ChecksShapes(Messenger):
     def process_message(self, msg: Any) -> None:
         if msg["type"] == "sample" and not msg["is_observed"] and msg["name"] in self.guide_trace:
             check_drawn_for(msg["name"], jnp.shape(self.guide_trace[msg["name"]]["value"]), msg["fn"].event_shape)
+
+
+class _Choose(Messenger):
+    """Give every latent site of the guide the value that an estimator chooses for it.
+
+    Args:
+        choose: the estimator's function.
+        drawn: the values of the first run, by site.
+        given: numbers for the estimator, by site.
+        key: of fresh uniform numbers, none of which the program's own seeds depend on.
+    """
+
+    def __init__(self, choose: Callable[[Draw], Choice], drawn: Params, given: Mapping[str, Any], key: jax.Array):
+        self.choose, self.drawn, self.given, self.key = choose, drawn, given, key
+        self.choices: dict[str, Choice] = {}
+        super().__init__(None)
+
+    def _uniform(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        self.key, key = random.split(self.key)
+        return random.uniform(key, shape, dtype, jnp.finfo(dtype).tiny)
+
+    def postprocess_message(self, msg: Any) -> None:
+        if msg["type"] != "sample" or msg["is_observed"]:
+            return
+        base, name, fn = _strip(msg["fn"])[0], msg["name"], msg["fn"]
+        logits = _logits(base)
+        like = msg["value"] if logits is None else logits
+        dtype = jnp.result_type(like, float)
+        draw = Draw(
+            name,
+            _family(base),
+            logits,
+            msg["value"] if fn.has_rsample else stop_gradient(msg["value"]),
+            self.drawn.get(name),
+            self.given.get(name),
+            lambda: self._uniform(jnp.shape(like), dtype),
+            fn.event_dim,
+        )
+        self.choices[name] = choice = self.choose(draw)
+        msg["value"], msg["intermediates"] = choice.value, None
+
+
+def _logits(fn: Any) -> Any:
+    """The normalised logits of a Bernoulli or a categorical distribution; None for any other."""
+    while isinstance(fn, ExpandedDistribution):
+        shape, fn = fn.batch_shape, fn.base_dist
+        inner = _logits(fn)
+        return None if inner is None else jnp.broadcast_to(inner, shape + inner.shape[len(fn.batch_shape) :])
+    family = _family(fn)
+    if family == "Bernoulli":
+        return fn.logits
+    return jax.nn.log_softmax(fn.logits) if family in ("Categorical", "OneHotCategorical") else None
+
+
+def _num_classes(fn: Any) -> int:
+    """States of one entry."""
+    logits = _logits(fn)
+    return 0 if logits is None else 2 if _family(fn) == "Bernoulli" else logits.shape[-1]
+
+
+def _family(fn: Any) -> str:
+    """The distribution's name in both engines: NumPyro's tells what it is parametrised by."""
+    while isinstance(fn, ExpandedDistribution):
+        fn = fn.base_dist
+    return type(fn).__name__.removesuffix("Logits").removesuffix("Probs")
 
 
 class _StopUnreparameterised(Messenger):
@@ -139,7 +211,9 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
             "plain": _is_plain(s, scale),
             "auxiliary": n not in model_trace,
             "support": _fixed_support(model_trace[n]["fn"]) if n in model_trace else None,
-            "guide_family": type(_strip(s["fn"])[0]).__name__,
+            "guide_family": _family(_strip(s["fn"])[0]),
+            "event_shape": tuple(s["fn"].event_shape),
+            "num_classes": _num_classes(_strip(s["fn"])[0]),
         }
         for n, s in _samples(guide_trace).items()
     }
@@ -397,7 +471,46 @@ def particles(
         density = _score if as_drawn else lambda site, layout: _log_prob(site, layout)[0].sum(axis=-1)
         return {n: density(s, layout) for n, s in _samples(guide_trace).items()}
 
+    def chosen(
+        key: jax.Array, drawn: Params, given: Params, choose: Callable[[Draw], Choice], call: int
+    ) -> dict[str, Any]:
+        model_seed, guide_seed = random.split(key)
+        chooser = _Choose(choose, drawn, given, random.fold_in(guide_seed, call))
+        with validation_enabled(False):  # a relaxed value lies between the states
+            with chooser:
+                guide_trace = trace(substitute(seed(guide, guide_seed), data=params)).get_trace(*args, **kwargs)
+            bound_model = substitute(replay(seed(model, model_seed), guide_trace), data=params)
+            with _ChecksShapes(guide_trace):
+                model_trace = trace(bound_model).get_trace(*args, **kwargs)
+            arrays = _site_arrays(guide_trace, model_trace, layout, analytic_kl)
+        values = {n: s["value"] for n, s in _samples(guide_trace).items() if not s["is_observed"]}
+        kept = {n: dict(c.kept) for n, c in chooser.choices.items()}
+        scores = {
+            n: plates_first(c.score, jnp.ndim(c.score) - _score_ndim(guide_trace[n]["fn"]), layout.dims).sum(axis=-1)
+            for n, c in chooser.choices.items()
+            if c.score is not None
+        }
+        return arrays | {"values": values, "kept": kept, "scores": scores}
+
+    def dream(key: jax.Array) -> jax.Array:
+        model_seed, guide_seed, dream_seed = random.split(key, 3)
+        awake = trace(substitute(seed(guide, guide_seed), data=params)).get_trace(*args, **kwargs)
+        waking = substitute(replay(seed(model, model_seed), awake), data=params)
+        places = _observed_places(trace(waking).get_trace(*args, **kwargs), args)
+        asleep = trace(substitute(seed(uncondition(model), dream_seed), data=params)).get_trace(*args, **kwargs)
+        new = list(args)
+        for name, place in places.items():
+            new[place] = asleep[name]["value"].astype(jnp.result_type(args[place]))
+        latent = {n: s["value"] for n, s in _samples(asleep).items() if n not in places}
+        with _Assign(stop_gradient(latent)):
+            guide_trace = trace(substitute(seed(guide, guide_seed), data=params)).get_trace(
+                *stop_gradient(new), **kwargs
+            )
+        densities = [_log_prob(s, layout)[0].sum(axis=-1) for s in _samples(guide_trace).values()]
+        return sum(densities[1:], start=densities[0])
+
     event_ndims: dict[str, int] = {}
+    calls = itertools.count(1)
     each = _vectorizer(vectorize, num_particles)
     out = each(first, keys) if values is None else each(first, keys, dict(values))
     layout = layouts[-1]
@@ -418,8 +531,52 @@ def particles(
         _refuse_control_flow(layout)
         return each(partial(score, as_drawn=as_drawn), keys, drawn)
 
-    terms = replace(_terms(out, layout, step, drawn), refreeze=refreeze, redraw=redraw)
+    def rerun(choose: Callable[[Draw], Choice], given: Mapping[str, Any], repeat: int) -> Terms:
+        _refuse_control_flow(layout)
+        again_keys, values = keys, drawn
+        if repeat > 1:
+            again_keys, values = jax.tree.map(lambda x: jnp.repeat(x, repeat, axis=0), (keys, drawn))
+        run = partial(chosen, choose=choose, call=next(calls))
+        vectorised = each if len(again_keys) == num_particles else _vectorizer(vectorize, len(again_keys))
+        found = vectorised(run, again_keys, values, jax.tree.map(jnp.asarray, dict(given)))
+        return replace(_terms(found, layout, step, found["values"]), scores=found["scores"], kept=found["kept"])
+
+    def dreamt() -> jax.Array:
+        _refuse_control_flow(layout)
+        return dream(random.fold_in(keys[0], 2**31 - 1))[None]
+
+    terms = replace(
+        _terms(out, layout, step, drawn),
+        refreeze=refreeze,
+        redraw=redraw,
+        rerun=rerun,
+        dreamt=dreamt,
+        data=args[0] if args else None,
+        trained=params.get(_ESTIMATOR, {}),
+        memory=params.get(_MEMORY, {}),
+    )
     return terms, jax.tree.map(lambda x: x[0], out["mutable"])
+
+
+def _score_ndim(fn: Any) -> int:
+    """The event dims of a site's logits: its own, and the classes of a Categorical, which its value does not have."""
+    return fn.event_dim + (_family(_strip(fn)[0]) == "Categorical")
+
+
+def _observed_places(model_trace: Any, args: tuple) -> dict[str, int]:
+    """By observed site, which argument of the program is its value.
+
+    Raises: InvalidArgument where one is not an argument as it came.
+    """
+    places = {}
+    for name, site in _samples(model_trace).items():
+        if site["is_observed"]:
+            found = [i for i, a in enumerate(args) if a is site["value"]]
+            if not found:
+                todo = "Write sample('x', …, obs=x) with an argument x of the program, or use sleep=False"
+                raise must(f"site '{name}'", "observe an argument as it came, to be dreamt", "other data", todo)
+            places[name] = found[0]
+    return places
 
 
 def _vectorizer(vectorize: bool | Callable, num_particles: int) -> Callable:
@@ -486,6 +643,31 @@ def value_and_surrogate(objective: Objective, terms: Terms) -> tuple[jax.Array, 
     return value, _with_gradient_of(value, surrogate)
 
 
+def with_own_sites(guide: Callable, objective: Objective) -> Callable:
+    """``guide`` with a step counter and what the objective's gradient estimator trains and remembers."""
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        mutable_site(_STEP, jnp.zeros((), dtype=jnp.int32))
+        trained, memory = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.result_type(float)), objective.gradient.initial(args[0] if args else None)
+        )
+        if trained:
+            numpyro.param(_ESTIMATOR, trained)
+        if memory:
+            mutable_site(_MEMORY, memory)
+        return guide(*args, **kwargs)
+
+    return counted
+
+
+def check_own_sites(objective: Objective, terms: Terms) -> None:
+    """Refuse a guide without the numbers that the objective's gradient estimator needs. Raises: InvalidArgument."""
+    trained, memory = objective.gradient.initial(terms.data)
+    if set(trained) - set(terms.trained) or set(memory) - set(terms.memory):
+        todo = "Pass loss.guide(guide) to SVI"
+        raise must("guide", "carry the numbers of a running or learned baseline", "a plain guide", todo)
+
+
 # --- drop-in loss -----------------------------------------------------------------------------------------------
 
 
@@ -497,8 +679,8 @@ class Loss(NumPyroELBO):
         svi = numpyro.infer.SVI(model, guide, optax.adam(1e-3), loss=Loss(IWAE(50)))
 
     Its value is minus the *unshaped* bound summed over the shared plates (times their subsample scale); its gradient
-    is that of the objective's surrogate. A schedule needs a step counter: pass ``loss.guide(guide)`` to ``SVI`` in
-    place of ``guide``.
+    is that of the objective's surrogate. A schedule needs a step counter, a running or learned baseline numbers of its
+    own: pass ``loss.guide(guide)`` to ``SVI`` in place of ``guide``.
 
     Plates that every site shares give per-datum weights. A site outside them (a global latent) makes one joint weight
     for the whole batch; a warning says so once.
@@ -517,13 +699,8 @@ class Loss(NumPyroELBO):
         super().__init__(num_particles=objective.num_particles, vectorize_particles=vectorize_particles)
 
     def guide(self, guide: Callable) -> Callable:
-        """``guide`` with a step counter (a ``mutable`` site), for objectives with a schedule."""
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            mutable_site(_STEP, jnp.zeros((), dtype=jnp.int32))
-            return guide(*args, **kwargs)
-
-        return counted
+        """``guide`` with a step counter (a ``mutable`` site) and the gradient estimator's own numbers."""
+        return with_own_sites(guide, self.objective)
 
     def loss_with_mutable_state(
         self, rng_key: jax.Array, param_map: Params, model: Callable, guide: Callable, *args: Any, **kwargs: Any
@@ -548,9 +725,12 @@ class Loss(NumPyroELBO):
                 "a plain guide",
                 "Pass loss.guide(guide) to SVI",
             )
+        check_own_sites(self.objective, terms)
         self.objective.check(terms)
         if _STEP in mutable:
             mutable[_STEP] = step + 1
+        if _MEMORY in mutable:
+            mutable[_MEMORY] = dict(stop_gradient(self.objective.remember(terms)))
         return {"loss": value_and_surrogate(self.objective, terms)[1], "mutable_state": mutable or None}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from numpyro import validation_enabled
 from numpyro.distributions import biject_to
 
 from elbozoo.inference.errors import CorruptFile, must
-from elbozoo.inference.numpyro_engine import Params, Program, particles
+from elbozoo.inference.numpyro_engine import OWN_SITES, Params, Program, particles, with_own_sites
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.recording import check_amortised, check_counts, first_non_finite, step_metrics
@@ -53,7 +54,10 @@ class Trainer:
         redraw_pixels: bool,
         device: str | None,
     ):
-        self.program, self.objective = program, objective
+        self.objective, self.whole = objective, program
+        if any(objective.gradient.initial(data[0])):
+            program = replace(program, guide_fn=with_own_sites(program.guide_fn, objective))
+        self.program = program
         self.adam = optimizer if isinstance(optimizer, Adam) else Adam()  # which neither skips nor averages
         self.optimizer = optimizer.optax() if isinstance(optimizer, Adam) else optimizer
         if not isinstance(self.optimizer, optax.GradientTransformation):
@@ -141,6 +145,8 @@ class Trainer:
             terms, mutable = self._terms(params, state.mutable, batch, key, state.step)
             check_counts(terms, len(self.data[0]), self.batch_size)
             metrics = jax.lax.stop_gradient(step_metrics(self.objective, terms))
+            if terms.memory:
+                mutable = {**mutable, OWN_SITES[2]: dict(jax.lax.stop_gradient(self.objective.remember(terms)))}
             return -self.objective.surrogate(terms).mean() / terms.data_per_entry, (metrics, mutable)
 
         gradient, (metrics, mutable) = jax.grad(loss, has_aux=True)(state.params)
@@ -191,7 +197,7 @@ class Trainer:
 
     def adopt(self, other: Trainer) -> None:
         """Begin at the parameters of another trainer of as many replicates; the optimiser starts anew."""
-        params = {n: other.state.params[n] for n in self.state.params}
+        params = {n: other.state.params.get(n, v) for n, v in self.state.params.items()}
         mutable = {n: other.state.mutable.get(n, v) for n, v in self.state.mutable.items()}
         init = jax.vmap(self.optimizer.init) if self.replicated else self.optimizer.init
         average = None if self.adam.average is None else params
@@ -237,8 +243,14 @@ class Trainer:
 
     def programs(self) -> list[Program]:
         """One trained program a replicate."""
-        states = [self._replicate(i) for i in range(self._count)]
-        return [self.program.with_params(self._constrain(_final(s)), s.mutable or None) for s in states]
+        found = []
+        for state in map(self._replicate, range(self._count)):
+            params, mutable = (
+                {n: v for n, v in values.items() if n not in OWN_SITES}
+                for values in (self._constrain(_final(state)), state.mutable)
+            )
+            found.append(self.whole.with_params(params, mutable or None))
+        return found
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The whole state as named arrays, for a checkpoint."""

@@ -15,6 +15,7 @@ import itertools
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -49,6 +50,10 @@ class Objective(ABC):
     def uses_step(self) -> bool:
         """Whether a schedule in it reads the optimisation step."""
         return False
+
+    def remember(self, terms: Terms) -> Mapping[str, Array]:
+        """The gradient estimator's memory after a step with these terms."""
+        return terms.memory
 
     @abstractmethod
     def bound(self, terms: Terms) -> PerDatum:
@@ -96,8 +101,15 @@ class Bound(Objective):
         """The bound that the model's parameters climb, where it differs from the guide's (PIWAE)."""
         return self
 
+    @property
+    def uses_step(self) -> bool:
+        return self.gradient.uses_step
+
+    def remember(self, terms: Terms) -> Mapping[str, Array]:
+        return self.gradient.remember(self, terms)
+
     def bound(self, terms: Terms) -> PerDatum:
-        return self.model_bound.value(terms.log_weight)
+        return self.gradient.value(self, terms)
 
     def surrogate(self, terms: Terms) -> PerDatum:
         return self.gradient.surrogate(self, terms)
@@ -362,6 +374,11 @@ class TVO(Bound):
         points.append(1.0)
         return [(a, b - a) for a, b in itertools.pairwise(points)]
 
+    def tempered(self, log_weight: LogWeight) -> Iterator[tuple[float, float, LogWeight]]:
+        """For every interval its left point, its width and the normalised weights ``w^β``."""
+        for b, width in self._intervals():
+            yield b, width, softmax(b * log_weight)
+
     def value(self, log_weight: LogWeight) -> PerDatum:
         (_, first), *rest = self._intervals()  # at b = 0 the weights are equal, whatever l is
         finite = log_weight.clip(-3e38, 3e38)  # above it a particle of l = -inf has no weight, and counts 0
@@ -370,15 +387,13 @@ class TVO(Bound):
 
     def weight(self, log_weight: LogWeight) -> LogWeight:
         total = 0.0 * log_weight
-        for b, width in self._intervals():
-            w = softmax(b * log_weight)
+        for b, width, w in self.tempered(log_weight):
             total = total + width * w * self._slope(b, w, log_weight)
         return total
 
     def curvature(self, log_weight: LogWeight) -> LogWeight:
         total = 0.0 * log_weight
-        for b, width in self._intervals():
-            w = softmax(b * log_weight)
+        for b, width, w in self.tempered(log_weight):
             u = self._slope(b, w, log_weight)
             total = total + width * b * w * (u + 1.0 - 2.0 * w * u)
         return total

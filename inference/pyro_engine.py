@@ -29,7 +29,7 @@ from torch.distributions import kl_divergence, transform_to
 from elbozoo.inference.arrays import plates_first
 from elbozoo.inference.errors import InvalidArgument, must
 from elbozoo.inference.objectives import Objective
-from elbozoo.inference.terms import Site, Terms, check_drawn_for, check_made_of, own_parameters
+from elbozoo.inference.terms import Choice, Draw, Site, Terms, check_drawn_for, check_made_of, own_parameters
 from elbozoo.inference.weights import check_names
 
 _PARTICLES = "num_particles_vectorized"  # the name Pyro's own losses give this plate
@@ -147,8 +147,15 @@ def _score(site: Any, layout: _Layout, particle_dim: int | None) -> torch.Tensor
 def _log_prob(site: Any, layout: _Layout, particle_dim: int | None) -> tuple[torch.Tensor, bool]:
     """Per-dimension log density ``(K, *P, D)``, less the shared plates' scale, and whether it factorises."""
     fn, factors = _strip(site["fn"])
-    log_prob = _scale_and_mask(fn.log_prob(site["value"]), site, layout, factors)
+    log_prob = _scale_and_mask(_density(fn, site["value"]), site, layout, factors)
     return _lead(log_prob, factors, layout, particle_dim), factors > 0 or site["fn"].event_dim == 0
+
+
+def _density(fn: Any, value: torch.Tensor) -> torch.Tensor:
+    """``fn.log_prob(value)``; a one-hot distribution's is continued linearly between the states, not rounded."""
+    if isinstance(fn, dist.OneHotCategorical) and not fn._validate_args:
+        return (value * fn.logits.clamp(min=torch.finfo(value.dtype).min)).sum(dim=-1)
+    return fn.log_prob(value)
 
 
 def _lead(x: torch.Tensor, event_ndim: int, layout: _Layout, particle_dim: int | None) -> torch.Tensor:
@@ -256,6 +263,50 @@ class _Replay(poutine.messenger.Messenger):
             msg["value"] = self.values[msg["name"]].reshape_as(msg["value"]).to(msg["value"].dtype)
 
 
+class _Choose(poutine.messenger.Messenger):
+    """Give every latent site of the guide the value that an estimator chooses for it.
+
+    Args:
+        choose: the estimator's function.
+        drawn: the values of the first run, by site.
+        given: numbers for the estimator, by site.
+    """
+
+    def __init__(self, choose: Callable[[Draw], Choice], drawn: Mapping[str, torch.Tensor], given: Mapping[str, Any]):
+        super().__init__()
+        self.choose, self.drawn, self.given = choose, drawn, given
+        self.choices: dict[str, Choice] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or site_is_subsample(msg) or msg["infer"].get("_deterministic"):
+            return
+        name, base = msg["name"], _strip(msg["fn"])[0]
+        logits = _logits(base)
+        like = msg["value"] if logits is None else logits
+        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+
+        def uniform() -> torch.Tensor:
+            return torch.rand(like.shape, dtype=dtype, device=like.device).clamp(min=torch.finfo(dtype).tiny)
+
+        family, event_ndim = type(base).__name__, msg["fn"].event_dim
+        drawn, given = self.drawn.get(name), self.given.get(name)
+        draw = Draw(name, family, logits, msg["value"], drawn, given, uniform, event_ndim)
+        self.choices[name] = choice = self.choose(draw)
+        msg["value"] = choice.value
+
+
+def _logits(fn: Any) -> Any:
+    """The normalised logits of a Bernoulli or a categorical distribution; None for any other."""
+    known = isinstance(fn, dist.Bernoulli | dist.Categorical | dist.OneHotCategorical)
+    return fn.logits if known else None
+
+
+def _num_classes(fn: Any) -> int:
+    """States of one entry."""
+    logits = _logits(fn)
+    return 0 if logits is None else 2 if isinstance(fn, dist.Bernoulli) else logits.shape[-1]
+
+
 @contextmanager
 def _rng_of(run: _Run) -> Iterator[None]:
     """The random state that ``run``'s guide started from: its dropout masks must be drawn again as they were."""
@@ -354,6 +405,7 @@ def particles(
     """
     kwargs = dict(kwargs or {})
     particle_dim, guide_modules, modules = None, owners(guide), owners(model, guide)
+    programs = model, guide
     if num_particles > 1 and nesting is not None:
         particle_dim = -1 - nesting
         plate = pyro.plate(_PARTICLES, num_particles, dim=particle_dim)
@@ -410,8 +462,87 @@ def particles(
                 out.setdefault(name, []).append(density)
         return {n: torch.cat(v) for n, v in out.items()}
 
+    def rerun(choose: Callable[[Draw], Choice], given: Mapping[str, Any], repeat: int) -> Terms:
+        at_once = repeat if together else 1
+        pair = programs
+        if together:
+            plate = pyro.plate(_PARTICLES, num_particles * repeat, dim=particle_dim)
+            pair = plate(programs[0]), plate(programs[1])
+        given = _tree(torch.as_tensor, given)
+        out = []
+        for k, run in enumerate(runs):
+            drawn = {n: v.repeat_interleave(at_once, dim=0) if together else v for n, v in run.values.items()}
+            for i in range(repeat // at_once):
+                one = given if together else _tree(lambda x, at=k * repeat + i: x[at], given)
+                out.append(choose_values(replace(run, values=drawn), pair, _Choose(choose, drawn, one)))
+        parts = [_site_arrays(r.guide_trace, r.model_trace, layout, particle_dim, analytic_kl) for r, _ in out]
+        return replace(_terms(parts, [r for r, _ in out], layout, step), **chosen(out))
+
+    def choose_values(run: _Run, pair: tuple[Callable, Callable], chooser: _Choose) -> tuple[_Run, dict[str, Choice]]:
+        """Guide and model run again at chosen values; a relaxed one lies between the states, so none is validated."""
+        with poutine.block(), pyro.validation_enabled(False), _kept_buffers(modules):
+            with chooser, _Replay(run.subsamples):
+                guide_trace = poutine.trace(pair[1]).get_trace(*args, **kwargs)
+            values = {n: s["value"] for n, s in _samples(guide_trace).items() if not s["is_observed"]}
+            with _Replay({**run.subsamples, **values}):
+                model_trace = poutine.trace(pair[0]).get_trace(*args, **kwargs)
+        return replace(run, guide_trace=guide_trace, model_trace=model_trace, values=values), chooser.choices
+
+    def chosen(out: list[tuple[_Run, dict[str, Choice]]]) -> dict[str, Any]:
+        """What the estimator scored and kept, particles first."""
+        scores: dict[str, list[torch.Tensor]] = {}
+        kept: dict[str, dict[str, list[torch.Tensor]]] = {}
+        for run, choices in out:
+            for name, choice in choices.items():
+                if choice.score is not None:
+                    fn = run.guide_trace.nodes[name]["fn"]
+                    event_ndim = fn.event_dim + isinstance(_strip(fn)[0], dist.Categorical)
+                    scores.setdefault(name, []).append(
+                        _lead(choice.score, event_ndim, layout, particle_dim).sum(dim=-1)
+                    )
+                for key, value in choice.kept.items():
+                    kept.setdefault(name, {}).setdefault(key, []).append(value if together else value[None])
+        joined = {n: {key: torch.cat(v) for key, v in each.items()} for n, each in kept.items()}
+        return {"scores": {n: torch.cat(v) for n, v in scores.items()}, "kept": joined}
+
+    def dreamt() -> torch.Tensor:
+        run, (alone_model, alone_guide) = runs[0], programs
+        places = _observed_places(run.model_trace, args)
+        with poutine.block(), torch.no_grad(), _kept_buffers(modules), _Replay(run.subsamples):
+            asleep = poutine.trace(poutine.uncondition(alone_model)).get_trace(*args, **kwargs)
+        new = list(args)
+        for name, place in places.items():
+            new[place] = torch.as_tensor(asleep.nodes[name].get("value")).to(args[place].dtype)
+        latent = {n: s["value"] for n, s in _samples(asleep).items() if n not in places}
+        with poutine.block(), _kept_buffers(modules), _Replay({**run.subsamples, **latent}):
+            guide_trace = poutine.trace(alone_guide).get_trace(*new, **kwargs)
+        densities = [_log_prob(s, layout, None)[0].sum(dim=-1) for s in _samples(guide_trace).values()]
+        return sum(densities[1:], start=densities[0])
+
     terms = build([r.guide_trace for r in runs], analytic_kl, [{} for _ in runs])
-    return replace(terms, refreeze=refreeze, redraw=redraw)
+    data = args[0] if args else None
+    return replace(terms, refreeze=refreeze, redraw=redraw, rerun=rerun, dreamt=dreamt, data=data)
+
+
+def _tree(fn: Callable, tree: Any) -> Any:
+    """``fn`` of every leaf of nested mappings."""
+    return {k: _tree(fn, v) for k, v in tree.items()} if isinstance(tree, Mapping) else fn(tree)
+
+
+def _observed_places(model_trace: Any, args: tuple) -> dict[str, int]:
+    """By observed site, which argument of the program is its value.
+
+    Raises: InvalidArgument where one is not an argument as it came.
+    """
+    places = {}
+    for name, site in _samples(model_trace).items():
+        if site["is_observed"]:
+            found = [i for i, a in enumerate(args) if a is site["value"]]
+            if not found:
+                todo = "Write sample('x', …, obs=x) with an argument x of the program, or use sleep=False"
+                raise must(f"site '{name}'", "observe an argument as it came, to be dreamt", "other data", todo)
+            places[name] = found[0]
+    return places
 
 
 def _hook(run: _Run, ratio: torch.Tensor, layout: _Layout, particle_dim: int | None) -> None:
@@ -501,6 +632,8 @@ def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step:
             auxiliary=name not in runs[0].model_trace.nodes,
             support=_support(runs[0].model_trace.nodes.get(name)),
             guide_family=type(_strip(latent[name]["fn"])[0]).__name__,
+            event_shape=tuple(latent[name]["fn"].event_shape),
+            num_classes=_num_classes(_strip(latent[name]["fn"])[0]),
         )
         for name in parts[0]["sites"]
     }
@@ -616,6 +749,28 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 # --- drop-in loss -----------------------------------------------------------------------------------------------
 
 
+OWN = "elbozoo."
+"""What the names of parameters begin with that are a gradient estimator's, not the program's."""
+
+
+class OwnNumbers:
+    """What a gradient estimator trains (in the parameter store) and remembers, from the first data it sees."""
+
+    def __init__(self, objective: Objective):
+        self.gradient, self.memory = objective.gradient, {}
+        self._start: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None = None
+
+    def put_into(self, terms: Terms) -> Terms:
+        """The terms with these numbers."""
+        if self._start is None:
+            self._start = self.gradient.initial(terms.data)
+            self.memory = {n: torch.as_tensor(v).to(terms.log_lik) for n, v in self._start[1].items()}
+        trained = {
+            n: pyro.param(OWN + n, lambda v=v: torch.as_tensor(v).to(terms.log_lik)) for n, v in self._start[0].items()
+        }
+        return replace(terms, trained=trained, memory=self.memory)
+
+
 class _WithGradientOf(torch.autograd.Function):
     """A value, differentiated as a surrogate, whose own value may be infinite (a particle of zero weight)."""
 
@@ -656,6 +811,7 @@ class Loss(PyroELBO):
         self.vectorize_particles = vectorize_particles
         self.plate_nesting = max_plate_nesting
         self.step = 0
+        self.own = OwnNumbers(objective)
 
     def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Terms:
         """Run the program once and check the objective against it."""
@@ -672,6 +828,7 @@ class Loss(PyroELBO):
             step=self.step,
             nesting=self.plate_nesting if self.vectorize_particles else None,
         )
+        terms = self.own.put_into(terms)
         self.objective.check(terms)
         return terms
 
@@ -700,6 +857,7 @@ class Loss(PyroELBO):
         value = -terms.scale * self.objective.bound(terms).detach().sum()
         surrogate = -terms.scale * self.objective.surrogate(terms).sum()
         self.step += 1
+        self.own.memory = {n: v.detach() for n, v in self.objective.remember(terms).items()}
         return value, surrogate
 
 

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from elbozoo.inference.errors import CorruptFile, ElbozooError, must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
-from elbozoo.inference.pyro_engine import Program, particle_plate, particles
+from elbozoo.inference.pyro_engine import OWN, OwnNumbers, Program, particle_plate, particles
 from elbozoo.inference.recording import check_amortised, check_counts, first_non_finite, step_metrics
 
 
@@ -57,7 +57,7 @@ class Trainer:
         self.cuda = [self.device] if self.device.type == "cuda" else []
         self.batch_size = min(batch_size, len(data[0]))
         example = tuple(a[: self.batch_size] for a in self.data)
-        self.nesting = None
+        self.nesting, self.own = None, OwnNumbers(objective)
         with torch.random.fork_rng(devices=self.cuda):
             torch.manual_seed(self.seed)
             self.program = program.fresh()
@@ -71,6 +71,9 @@ class Trainer:
             if objective.num_particles > 1:
                 with self.program.parameters():
                     self.nesting = particle_plate(self.program.model, self.program.guide, example, {})
+            if any(objective.gradient.initial(example[0])):
+                with self.program.parameters(), torch.no_grad():
+                    self.own.put_into(particles(self.program.model, self.program.guide, example))
             self.rng = self._rng()
         for module in self.program._modules():
             module.train()
@@ -117,33 +120,35 @@ class Trainer:
             step=step,
             nesting=self.nesting,
         )
+        terms = self.own.put_into(terms)
         self.objective.check(terms)
         return terms
 
-    def _differentiate(self, step: torch.Tensor, *batch: torch.Tensor) -> tuple[Any, Any, torch.Tensor]:
-        """Metrics, the gradient by parameter (None where the loss does not depend on it) and its norm."""
+    def _differentiate(self, step: torch.Tensor, memory: Any, *batch: torch.Tensor) -> tuple[Any, ...]:
+        """Metrics, the gradient by parameter (None where the loss does not depend on it), its norm, the new memory."""
+        self.own.memory = memory
         terms = self._terms(batch, step)
         check_counts(terms, len(self.data[0]), self.batch_size)
         loss = -self.objective.surrogate(terms).mean() / terms.data_per_entry
         with torch.no_grad():
-            metrics = step_metrics(self.objective, terms)
+            metrics, memory = step_metrics(self.objective, terms), dict(self.objective.remember(terms))
         if not loss.requires_grad:
             todo = "Let the model or the guide compute with its parameters"
             raise must("objective", "depend on a parameter of the program", "one that does not", todo)
         gradients = torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)
-        return metrics, gradients, _norm([g for g in gradients if g is not None])
+        return metrics, gradients, _norm([g for g in gradients if g is not None]), memory
 
     def _gradient(self, batch: tuple) -> tuple[dict[str, Any], torch.Tensor]:
         """Put the gradient of one step into the parameters; metrics and the gradient's norm."""
-        step = torch.tensor(self.step)
+        step, memory = torch.tensor(self.step), self.own.memory
         if self.may_compile:
             with torch.random.fork_rng(devices=self.cuda):
-                self.compiled, self.may_compile = _traced(self._differentiate, step, *batch), False
+                self.compiled, self.may_compile = _traced(self._differentiate, step, memory, *batch), False
         if self.compiled is None:
-            metrics, gradients, norm = self._differentiate(step, *batch)
+            metrics, gradients, norm, self.own.memory = self._differentiate(step, memory, *batch)
         else:
             with torch.no_grad():
-                metrics, gradients, norm = self.compiled(step, *batch)
+                metrics, gradients, norm, self.own.memory = self.compiled(step, memory, *batch)
         for parameter, gradient in zip(self.params.values(), gradients, strict=True):
             parameter.grad = gradient
         if self.adam is not None and self.adam.clip_norm is not None:
@@ -273,7 +278,7 @@ class Trainer:
         theirs = other.program._tensors()
         with torch.no_grad():
             for name, tensor in self.program._tensors().items():
-                tensor.copy_(theirs[name])
+                tensor.copy_(theirs.get(name, tensor))
         for name, average in (self.average or {}).items():
             average.copy_(self.params[name].detach())
 
@@ -304,6 +309,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with self._averaged():
             program = self.program.copy()
+        for table in program.store.values():
+            for name in [n for n in table if n.startswith(OWN)]:
+                del table[name]
         for module in program._modules():
             module.eval()
         program.trained = True
@@ -315,6 +323,7 @@ class Trainer:
         out |= {f"average/{n}": v for n, v in (self.average or {}).items()}
         for i, values in self.optimizer.state_dict()["state"].items():
             out |= {f"optimizer/{i}/{n}": torch.as_tensor(v) for n, v in values.items() if v is not None}
+        out |= {f"memory/{n}": v for n, v in self.own.memory.items()}
         out |= self.rng | {"step": torch.tensor(self.step)}
         return {n: v.detach().cpu().numpy() for n, v in out.items()}
 
@@ -344,13 +353,14 @@ class Trainer:
                 tensor.copy_(torch.from_numpy(arrays[f"params/{name}"].copy()))
             for name, average in (self.average or {}).items():
                 average.copy_(torch.from_numpy(arrays[f"average/{name}"].copy()))
+        self.own.memory = {n: torch.from_numpy(arrays[f"memory/{n}"].copy()) for n in self.own.memory}
         packed = copy.deepcopy(self.optimizer.state_dict())
         packed["state"] = {i: {k: torch.from_numpy(a.copy()) for k, a in s.items()} for i, s in state.items()}
         self.optimizer.load_state_dict(packed)
         self.rng, self.step = {n: torch.from_numpy(arrays[n].copy()) for n in self.rng}, int(arrays["step"])
 
 
-def _traced(step: Callable, *args: torch.Tensor) -> Callable | None:
+def _traced(step: Callable, *args: Any) -> Callable | None:
     """``step`` as a straight line of tensor operations on ``args`` alone; None where it cannot be traced.
 
     Draws that a replayed guide throws away are taken out, so that random numbers are used up as without a trace.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -58,6 +59,9 @@ class Shape(Objective):
 
     def surrogate(self, terms: Terms) -> Array:
         return self.objective.surrogate(self.shape(terms))
+
+    def remember(self, terms: Terms) -> Mapping[str, Array]:
+        return self.objective.remember(self.shape(terms))
 
     def check(self, terms: Terms) -> None:
         self.objective.check(terms)

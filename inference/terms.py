@@ -39,7 +39,9 @@ class Site:
         support: where the model's site can lie, a constraint of the engine's; ``None`` for an auxiliary site.
         gain, offset: the shaped rate is ``gain * rate + offset`` (see :mod:`elbozoo.inference.shapes`); ``gain`` is a
             scalar or one number per dimension ``(D,)``, ``offset`` a scalar per site.
-        guide_family: the class name of the guide's distribution, for messages.
+        guide_family: the class name of the guide's distribution.
+        event_shape: of one value.
+        num_classes: how many states each entry of a Bernoulli or categorical site has; 0 for others.
     """
 
     log_prior: Float[Any, "K *P"] | None = None
@@ -56,6 +58,8 @@ class Site:
     gain: Any = 1.0
     offset: Any = 0.0
     guide_family: str = ""
+    event_shape: tuple[int, ...] = ()
+    num_classes: int = 0
 
     @property
     def rate(self) -> Array:
@@ -85,6 +89,49 @@ class Site:
         terms = self.rate_terms
         assert terms is not None, "a gain per dimension is set only where the rate factorises"
         return (self.gain * terms).sum(axis=-1) + self.offset
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One latent site of the guide while a program is run again, as an estimator that chooses its value sees it.
+
+    Shapes are the program's own, of one particle or with particles in front.
+
+    Attributes:
+        name: of the site.
+        family: class name of the guide's distribution.
+        logits: of a Bernoulli's, a Categorical's or a OneHotCategorical's, given what was chosen before it; ``None``
+            for other families.
+        value: a fresh draw; its path is kept where the distribution is reparameterised.
+        drawn: what the first run drew, its path kept likewise.
+        given: the caller's numbers for this site.
+        uniform: makes fresh numbers in (0, 1), of the shape of ``logits``.
+        event_ndim: dims of one value.
+    """
+
+    name: str
+    family: str
+    logits: Any
+    value: Any
+    drawn: Any
+    given: Any
+    uniform: Callable[[], Array]
+    event_ndim: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an estimator makes of a :class:`Draw`: the site's value, and numbers to hand back.
+
+    Attributes:
+        value: the site's value.
+        score: of the shape of ``logits``; summed over the site's dimensions it becomes ``Terms.scores[name]``.
+        kept: arrays that come back as they are, as ``Terms.kept[name]``.
+    """
+
+    value: Any
+    score: Any = None
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
 
 _WORKED_OUT = {"scale_tril": {"covariance_matrix", "precision_matrix"}, "logits": {"probs"}}
@@ -151,6 +198,12 @@ class Terms:
         values: the drawn latent values, ``(K, …)``.
         refreeze: engine callback behind :meth:`freeze`.
         redraw: engine callback behind :meth:`log_guide_at_stopped_values`.
+        rerun: engine callback behind :meth:`again`.
+        dreamt: engine callback behind :meth:`log_guide_of_dreams`.
+        scores: by site, what an estimator's :class:`Choice` scored, ``(K, *P)``; of a run by :meth:`again` alone.
+        kept: by site, what it kept, ``(K, …)``; likewise.
+        data: the program's first argument, for baselines that are made of it.
+        trained, memory: an estimator's own numbers by name: what gradients train, and what it remembers of past steps.
     """
 
     log_lik: Float[Any, "K *P"]
@@ -163,6 +216,13 @@ class Terms:
     values: Mapping[str, Array] = field(default_factory=dict, repr=False)
     refreeze: Callable[[Array | None], Terms] | None = field(default=None, repr=False)
     redraw: Callable[[bool], Mapping[str, Array]] | None = field(default=None, repr=False)
+    rerun: Callable[[Callable[[Draw], Choice], Mapping[str, Any], int], Terms] | None = field(default=None, repr=False)
+    dreamt: Callable[[], Array] | None = field(default=None, repr=False)
+    scores: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    kept: Mapping[str, Mapping[str, Array]] = field(default_factory=dict, repr=False)
+    data: Any = field(default=None, repr=False)
+    trained: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    memory: Mapping[str, Array] = field(default_factory=dict, repr=False)
 
     @property
     def num_particles(self) -> int:
@@ -235,3 +295,28 @@ class Terms:
         """
         assert self.redraw is not None, "these terms were not made by an engine"
         return self.redraw(as_drawn)
+
+    def again(self, choose: Callable[[Draw], Choice], given: Mapping[str, Any] | None = None, repeat: int = 1) -> Terms:
+        """The terms of another run of guide and model, in which ``choose`` gives every latent site its value.
+
+        Discrete log densities at a value between the states are their linear continuation. Gradients flow into the
+        parameters of both, and through the chosen values as far as these carry them.
+
+        Args:
+            choose: from a :class:`Draw` to a :class:`Choice`, written for arrays of either library.
+            given: by site, numbers for ``choose``, with ``repeat K`` particles in front (of a tree of arrays).
+            repeat: run every particle so many times, one after the other along the first axis.
+        """
+        assert self.rerun is not None, "these terms were not made by an engine"
+        fresh = self.rerun(choose, given or {}, repeat)
+        return replace(fresh, step=self.step).shaped(
+            {n: s.gain for n, s in self.sites.items()}, {n: s.offset for n, s in self.sites.items()}
+        )
+
+    def log_guide_of_dreams(self) -> Array:
+        """``log q(z | x)`` of one ``(z, x)`` a datum that the model draws, ``(1, *P)``.
+
+        Differentiable in the guide's parameters alone.
+        """
+        assert self.dreamt is not None, "these terms were not made by an engine"
+        return self.dreamt()

@@ -278,6 +278,16 @@ class Toy:
         )
 
 
+def own_numbers(objective: Any, x: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What the objective's estimator trains and remembers, as if it had taken some steps: no baseline is zero."""
+    trained, memory = getattr(objective, "objective", objective).gradient.initial(x)
+    rng = np.random.default_rng(0)
+    return {n: 0.3 * rng.normal(size=v.shape) for n, v in trained.items()}, {
+        "mean": np.array(-0.9),
+        "share": np.array(0.7),
+    } if memory else {}
+
+
 def estimates(
     engine: str, toy: Toy, objectives: Sequence[Any], draws: int, seed: int = 0
 ) -> list[dict[str, tuple[float, float]]]:
@@ -297,7 +307,9 @@ def estimates(
         def moments(params: Any, key: Any) -> Any:
             out = []
             for objective in objectives:
-                grads = jax.grad(lambda p, o=objective: Loss(o).loss(key, p, model, guide, x))(params)
+                trained, memory = jax.tree.map(lib.array, own_numbers(objective, x))
+                own = {"elbozoo_estimator": trained, "elbozoo_memory": memory}
+                grads = jax.grad(lambda p, o=objective, own=own: Loss(o).loss(key, p | own, model, guide, x))(params)
                 out.append({n: (-g.mean(), g.std() / draws**0.5) for n, g in grads.items()})
             return out
 
@@ -312,7 +324,10 @@ def estimates(
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
         model, guide = toy.program(lib, lambda n: lib.param(n, init[n].clone()), draws)
-        Loss(objective, max_plate_nesting=1).loss_and_grads(model, guide, x)
+        loss = Loss(objective, max_plate_nesting=1)
+        loss.own._start = own_numbers(objective, x)
+        loss.own.memory = {n: lib.array(v) for n, v in loss.own._start[1].items()}
+        loss.loss_and_grads(model, guide, x)
         grads = {n: pyro.param(n).unconstrained().grad for n in toy.params}
         out.append({n: (-float(g.mean()), float(g.std()) / draws**0.5) for n, g in grads.items() if g is not None})
     return out
@@ -463,6 +478,39 @@ def _discrete() -> Toy:
     return Toy("discrete", p0, 0.8, program, nodes)
 
 
+def _binary_layers() -> Toy:
+    """Two Bernoulli sites: the model draws ``b2`` and then ``b1``, the guide climbs, as in a sigmoid belief net."""
+    p0 = {"m": 0.4, "u0": -0.6, "u1": 1.3, "w0": -0.8, "w1": 1.5, "w2": 0.6, "s": -0.1}
+    p0 |= {"qa": 0.5, "qb": -0.7, "qc": 1.6}
+
+    def program(lib: Any, p: Callable, size: int) -> tuple[Callable, Callable]:
+        bernoulli = lib.dist.Bernoulli
+
+        def model(x: Any) -> None:
+            with lib.plate("data", size, dim=-1):
+                b2 = lib.sample("b2", bernoulli(logits=p("m")))
+                b1 = lib.sample("b1", bernoulli(logits=p("u0") + p("u1") * b2))
+                mean = p("w0") + p("w1") * b1 + p("w2") * b1 * b2
+                lib.sample("x", lib.dist.Normal(mean, lib.xp.exp(p("s"))), obs=x)
+
+        def guide(x: Any) -> None:
+            with lib.plate("data", size, dim=-1):
+                b1 = lib.sample("b1", bernoulli(logits=p("qa")))
+                lib.sample("b2", bernoulli(logits=p("qb") + p("qc") * b1))
+
+        return model, guide
+
+    def nodes(p: Params, q: Params, num: int) -> Nodes:
+        (b1, b2), _ = product((np.array([0.0, 1.0]), np.ones(2)), (np.array([0.0, 1.0]), np.ones(2)))
+        log_q = bernoulli(b1, q["qa"]) + bernoulli(b2, q["qb"] + q["qc"] * b1)
+        log_p = bernoulli(b2, p["m"]) + bernoulli(b1, p["u0"] + p["u1"] * b2)
+        weight = np.exp(bernoulli(b1, p["qa"]) + bernoulli(b2, p["qb"] + p["qc"] * b1))
+        log_lik = normal(1.0, p["w0"] + p["w1"] * b1 + p["w2"] * b1 * b2, np.exp(p["s"]))
+        return Nodes(weight, log_lik, log_q - log_p)
+
+    return Toy("binary layers", p0, 1.0, program, nodes)
+
+
 def _mixed(discrete_first: bool) -> Toy:
     """A Bernoulli d and a Gaussian z in the guide: ``q(d) q(z|d)``, or ``q(z) q(d|z)`` whose score has a path through z."""
     if discrete_first:
@@ -510,5 +558,5 @@ def _mixed(discrete_first: bool) -> Toy:
 
 
 ONE_SITE, TOP_DOWN, BOTTOM_UP = _one_site(), _two_sites(bottom_up=False), _two_sites(bottom_up=True)
-LADDER = _ladder()
+LADDER, BINARY_LAYERS = _ladder(), _binary_layers()
 DISCRETE, DISCRETE_FIRST, CONTINUOUS_FIRST = _discrete(), _mixed(discrete_first=True), _mixed(discrete_first=False)
