@@ -263,18 +263,19 @@ class REBAR(DiscreteEstimator):
 
     Args:
         temperature: τ of the relaxation, a number or a function of the step.
-        scale: η, fixed (the paper adapts η and τ to the variance); 0 is the score function without a baseline.
+        eta: η, weight of the control variate, fixed (the paper adapts η and τ to the variance); 0 is the score function
+            without a baseline.
 
     Limits: Bernoulli and OneHotCategorical sites; costs two more passes a site.
     References: Tucker et al. 2017 (arXiv 1703.07370), eq. 3, and appendix for categorical sites.
     """
 
     temperature: float | Callable[[Any], Any] = 0.5
-    scale: float = 1.0
+    eta: float = 1.0
 
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
-        number("scale", self.scale, lambda v: v >= 0, "be finite and at least 0", "The paper begins with 1")
+        number("eta", self.eta, lambda v: v >= 0, "be finite and at least 0", "The paper begins with 1")
 
     @property
     def uses_step(self) -> bool:
@@ -292,10 +293,10 @@ class REBAR(DiscreteEstimator):
             relax = partial(self._relax, name, _before(terms, name), temperature)
             free = terms.again(relax)
             tied = terms.again(relax, given=free.kept)
-            baseline = self.scale * control(tied)
+            baseline = self.eta * control(tied)
             signal = value - stop_gradient(baseline)
             total = total + (signal * _score(terms.sites[name])).sum(axis=0)
-            total = total + (self.scale * control(free) - baseline).sum(axis=0)
+            total = total + (self.eta * control(free) - baseline).sum(axis=0)
         return total
 
     def _relax(self, name: str, before: frozenset[str], temperature: Any, draw: Draw) -> Choice:
