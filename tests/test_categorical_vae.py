@@ -122,6 +122,25 @@ def log_weight(terms: Any) -> Any:
     return terms.log_weight
 
 
+@pytest.mark.pyro
+def test_a_traced_step_draws_what_pyros_own_distribution_draws() -> None:
+    import pyro
+    import torch
+
+    from elbozoo.inference.pyro_distributions import OneHotCategorical
+
+    logits, draws = torch.randn(2, 4), []
+    for family in (OneHotCategorical, pyro.distributions.OneHotCategorical):
+        torch.manual_seed(1)
+        draws.append(family(logits=logits).expand((3, 2)).to_event(1).sample((5,)))
+    assert torch.equal(*draws)
+    trainer = import_module("elbozoo.inference.pyro_trainer").Trainer(
+        TINY.pyro(), ELBO(gradient=GumbelSoftmax()), Adam(), (X,), batch_size=4, seeds=[0], redraw_pixels=False, device=None
+    )  # fmt: skip
+    trainer.epoch(np.arange(4)[None, None])
+    assert trainer.compiled is not None
+
+
 # --- training ---------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +236,8 @@ class TestOneHotCategorical:
         from elbozoo.inference.numpyro_distributions import OneHotCategorical
 
         def log_prob(logits: Any) -> Any:
-            return OneHotCategorical(jnp.concatenate([logits, jnp.array([-jnp.inf])])).log_prob(jnp.array([1.0, 0, 0]))
+            fn = OneHotCategorical(jnp.concatenate([logits, jnp.array([-jnp.inf])]), validate_args=False)
+            return fn.log_prob(jnp.array([1.0, 0.0, 0.0]))
 
         value, slope = jax.value_and_grad(log_prob)(jnp.zeros(2))
         np.testing.assert_allclose(value, -np.log(2))

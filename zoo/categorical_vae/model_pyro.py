@@ -8,6 +8,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from elbozoo.inference.pyro_distributions import OneHotCategorical
 from elbozoo.zoo.categorical_vae import CategoricalVAE
 from elbozoo.zoo.spec import plate_sizes
 
@@ -28,7 +29,7 @@ class Model(PyroModule):
 
     def prior_distribution(self) -> dist.TorchDistribution:
         """p(z), with batch shape () and event shape (num_latents, num_categories)."""
-        return dist.OneHotCategorical(logits=self.prior_logits).to_event(1)
+        return OneHotCategorical(logits=self.prior_logits).to_event(1)
 
     def decode(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z) for z of shape (..., num_latents, num_categories); its mean is the reconstruction."""
@@ -53,7 +54,7 @@ class Guide(PyroModule):
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x) for x of shape (..., data_dim)."""
         logits = self.encoder(x).unflatten(-1, (self.spec.num_latents, self.spec.num_categories))
-        return dist.OneHotCategorical(logits=logits).to_event(1)
+        return OneHotCategorical(logits=logits).to_event(1)
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """Sample z given x. Returns z of shape (B, num_latents, num_categories)."""
