@@ -314,12 +314,31 @@ def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout) -> dict[str,
     try:
         kl = kl_divergence(q, p)
     except NotImplementedError:
+        kl = _discrete_kl(q, p)
+    if kl is None:
         return {}
     # the KL of a site masked by False is a plain 0.0
     kl = jnp.broadcast_to(kl, jnp.broadcast_shapes(q.batch_shape, p.batch_shape))
     kl = plates_first(_rescale(kl, model_site, layout, factors), kl.ndim - factors, layout.dims)
     factorises = factors or guide_site["fn"].event_dim == 0
     return {"kl": kl.sum(axis=-1)} | ({"kl_terms": kl} if factorises else {})
+
+
+def _discrete_kl(q: Any, p: Any) -> jax.Array | None:
+    """``KL(q || p)`` of two Bernoulli or two categorical distributions, of which NumPyro knows none by their logits."""
+    log_q, log_p = _log_probs(q), _log_probs(p)
+    if log_q is None or log_p is None or _family(q) != _family(p) or log_q.shape[-1] != log_p.shape[-1]:
+        return None
+    possible = log_q > -jnp.inf  # else 0 times inf
+    return (jnp.exp(log_q) * jnp.where(possible, log_q - log_p, 0.0)).sum(axis=-1)
+
+
+def _log_probs(fn: Any) -> Any:
+    """The log probability of every state, in a last dim of their own, where :func:`_logits` knows them; else None."""
+    logits = _logits(fn)
+    if logits is None or _family(fn) != "Bernoulli":
+        return logits
+    return jnp.stack([jax.nn.log_sigmoid(-logits), jax.nn.log_sigmoid(logits)], axis=-1)
 
 
 def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:

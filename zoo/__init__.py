@@ -3,6 +3,8 @@
 if __name__ == "zoo":
     raise ImportError("zoo must be a part of elbozoo; got the bare name. Write `import elbozoo.zoo`.")
 
+from elbozoo.zoo.autoencoder import Autoencoder
+from elbozoo.zoo.categorical_vae import CategoricalVAE
 from elbozoo.zoo.deep_hierarchical_vae import DeepHierarchicalVAE
 from elbozoo.zoo.hierarchical_vae import HierarchicalVAE
 from elbozoo.zoo.ladder_vae import LadderVAE
@@ -17,14 +19,17 @@ from elbozoo.zoo.likelihoods import (
 from elbozoo.zoo.linear_vae import LinearVAE
 from elbozoo.zoo.networks import MLP, Conv, Network
 from elbozoo.zoo.priors import FlowPrior, MixturePrior, Prior, StandardNormal, VampPrior
+from elbozoo.zoo.sigmoid_belief_net import SigmoidBeliefNet
 from elbozoo.zoo.spec import Spec
 from elbozoo.zoo.vae import VAE
 
 __all__ = [
     "MLP",
     "VAE",
+    "Autoencoder",
     "AutoregressiveBernoulli",
     "Bernoulli",
+    "CategoricalVAE",
     "ContinuousBernoulli",
     "Conv",
     "DeepHierarchicalVAE",
@@ -38,6 +43,7 @@ __all__ = [
     "MixturePrior",
     "Network",
     "Prior",
+    "SigmoidBeliefNet",
     "Spec",
     "StandardNormal",
     "VampPrior",
