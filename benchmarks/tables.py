@@ -575,9 +575,9 @@ def discrete(record: dict[str, Any]) -> str:
         found = cells["variances"]
         rows = [[name, f"{value:.3g}"] for name, value in found["variance"].items()]
         parts += [
-            f"Variance of the gradient of the mean bound of one batch of {found['batch_size']}, summed over the guide's "
-            f"parameters of the linear net after {found['epochs']} epochs of VIMCO, from {found['num_gradients']} draws "
-            "(unbiased estimators; one particle unless said otherwise):",
+            f"Variance of the gradient of the mean bound of one batch of {found['batch_size']}, summed over the "
+            f"guide's parameters of the linear net after {found['epochs']} epochs of VIMCO, from "
+            f"{found['num_gradients']} draws (unbiased estimators; one particle unless said otherwise):",
             table(["estimator", "variance"], rows),
         ]
     if "curve" in cells:
