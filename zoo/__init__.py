@@ -4,6 +4,7 @@ if __name__ == "zoo":
     raise ImportError("zoo must be a part of elbozoo; got the bare name. Write `import elbozoo.zoo`.")
 
 from elbozoo.zoo.deep_hierarchical_vae import DeepHierarchicalVAE
+from elbozoo.zoo.gaussian_mixture_vae import GaussianMixtureVAE
 from elbozoo.zoo.hierarchical_vae import HierarchicalVAE
 from elbozoo.zoo.ladder_vae import LadderVAE
 from elbozoo.zoo.likelihoods import (
@@ -17,6 +18,7 @@ from elbozoo.zoo.likelihoods import (
 from elbozoo.zoo.linear_vae import LinearVAE
 from elbozoo.zoo.networks import MLP, Conv, Network
 from elbozoo.zoo.priors import FlowPrior, MixturePrior, Prior, StandardNormal, VampPrior
+from elbozoo.zoo.semi_supervised_vae import SemiSupervisedVAE
 from elbozoo.zoo.spec import Spec
 from elbozoo.zoo.vae import VAE
 
@@ -31,6 +33,7 @@ __all__ = [
     "DiscretizedLogistic",
     "FlowPrior",
     "Gaussian",
+    "GaussianMixtureVAE",
     "HierarchicalVAE",
     "LadderVAE",
     "Likelihood",
@@ -38,6 +41,7 @@ __all__ = [
     "MixturePrior",
     "Network",
     "Prior",
+    "SemiSupervisedVAE",
     "Spec",
     "StandardNormal",
     "VampPrior",
