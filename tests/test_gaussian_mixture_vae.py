@@ -34,8 +34,12 @@ CLUSTERS = {
     "clusters.logits": np.array([0.3, -0.4, 0.1]),
 }
 DECODER = {"decoder.layers.0.weight": RNG.normal(size=(D, 1)), "decoder.layers.0.bias": RNG.normal(size=D)}
-ENCODER = {"encoder.layers.0.weight": 0.1 * RNG.normal(size=(2, D)), "encoder.layers.0.bias": np.array([0.1, -0.5])}
-ENCODER["encoder.layers.0.weight"][0] += 0.5 * DECODER["decoder.layers.0.weight"][:, 0]
+_W = DECODER["decoder.layers.0.weight"][:, 0]
+_A = _W / (_W @ _W + 0.49)  # near the posterior, so that draws are not wild
+ENCODER = {
+    "encoder.layers.0.weight": np.stack([_A, [0.05, -0.1]]),
+    "encoder.layers.0.bias": np.array([-_A @ DECODER["decoder.layers.0.bias"], -0.9]),
+}
 WEIGHTS = CLUSTERS | DECODER | ENCODER
 LOC, SCALE = CLUSTERS["clusters.loc"][:, 0], np.exp(CLUSTERS["clusters.log_scale"][:, 0])
 LOG_W = CLUSTERS["clusters.logits"] - logsumexp(CLUSTERS["clusters.logits"])
@@ -124,12 +128,12 @@ def test_enumerated_bound_is_the_quadrature_of_the_exact_cluster_guide(engine: s
     draws = program(engine).apply(bound, (data,), seed=1).reshape(len(X), copies)
     error = draws.std(axis=1, ddof=1) / copies**0.5
     assert (abs(draws.mean(axis=1) - want) < 4 * error).all()
-    assert (error < 0.05).all(), "no power"
+    assert (4 * error < 0.1 * abs(want)).all(), "no power"
     assert (want < log_evidence()).all()
 
 
-def one_draw(terms: Any) -> Any:
-    return terms.values["z"], terms.log_weight, terms.sites["y"].log_guide
+def log_weight(terms: Any) -> Any:
+    return terms.log_weight
 
 
 def test_the_exact_cluster_sums_to_the_mixture_prior(engine: str) -> None:
@@ -137,10 +141,10 @@ def test_the_exact_cluster_sums_to_the_mixture_prior(engine: str) -> None:
     mixture = VAE(D, 1, MLP(()), Gaussian(0.7), prior=MixturePrior(C))
     weights = DECODER | ENCODER | {n.replace("clusters", "prior"): v for n, v in CLUSTERS.items()}
     z = RNG.normal(size=(5, len(X), 1))
-    want = program(engine, mixture, weights).apply(one_draw, (X,), values={"z": z})[1]
+    want = program(engine, mixture, weights).apply(log_weight, (X,), values={"z": z})
     for y in range(C):
         values = {"z": z, "y": np.full((5, len(X)), y)}
-        np.testing.assert_allclose(program(engine).apply(one_draw, (X,), values=values)[1], want, 1e-10)
+        np.testing.assert_allclose(program(engine).apply(log_weight, (X,), values=values), want, 1e-10)
 
 
 def test_cluster_probabilities_are_bayes_rule_averaged(engine: str) -> None:
