@@ -19,7 +19,7 @@ from elbozoo.inference.errors import InvalidArgument
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SCRIPTS = {"__init__", "datasets", "records", "tables"}
-SMOKE = ["depth", "guides", "hierarchy", "instruments", "iwae_mnist", "local_minima", "overhead"]
+SMOKE = ["depth", "guides", "hierarchy", "instruments", "iwae_mnist", "local_minima", "overhead", "semi_supervised"]
 
 
 def test_every_script_has_a_smoke_row() -> None:

@@ -66,14 +66,14 @@ def test_a_site_that_is_not_categorical_is_refused(engine: str) -> None:
 def test_several_variables_a_datum_are_refused(engine: str) -> None:
     lib = oracles.library(engine)
 
-    def draw(x: Any) -> None:
+    def guide(x: Any) -> None:
         with lib.plate("data", len(x), dim=-1):
             lib.sample("y", lib.dist.Categorical(logits=lib.array(np.zeros((2, 3)))).to_event(1))
 
     def model(x: Any) -> None:
-        draw(x)
         with lib.plate("data", len(x), dim=-1):
+            lib.sample("y", lib.dist.Categorical(logits=lib.array(np.zeros((2, 3)))).to_event(1))
             lib.sample("x", lib.dist.Normal(lib.array(0.0), 1.0), obs=x)
 
     with pytest.raises(InvalidArgument, match=r"site 'y' must be one variable a datum; got event shape \(2,\)"):
-        class_probabilities(oracles.wrapped(engine, model, draw), np.zeros(4))
+        class_probabilities(oracles.wrapped(engine, model, guide), np.zeros(4))

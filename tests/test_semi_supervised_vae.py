@@ -354,7 +354,7 @@ def test_it_learns_from_few_labels(engine: str) -> None:
     x, truth = separable(240)
     labels = np.where(np.arange(len(x)) % 24 == 0, truth, -1)
     spec = SemiSupervisedVAE(8, 2, 2, MLP((8,), "softplus"))
-    settings: dict[str, Any] = {"batch_size": 60, "learning_rate": 2e-2, "epochs": 30, "progress": False}
+    settings: dict[str, Any] = {"batch_size": 60, "learning_rate": 3e-2, "epochs": 60, "progress": False}
     objective = Classification(ELBO(gradient=Enumerate()), weight=10.0)
     run = fit(getattr(spec, engine)(), (x, labels), objective=objective, valid=(x[:60], truth[:60]), **settings)
     assert run.history[-1]["valid_bound"] > run.history[0]["valid_bound"]

@@ -107,9 +107,10 @@ class SemiSupervisedVAE(Spec):
 
     def check_data(self, x: Any, *others: Any) -> None:
         """Raise InvalidArgument unless ``x`` and the labels, where they are given, are data of the model."""
+        if len(others) > 1:
+            super().check_data(x, *others)
         self.check(x)
         if others:
-            super().check_data(x, *others[1:])
             self._check_labels(np.asarray(others[0]), len(x))
 
     def _check_labels(self, y: np.ndarray, num_data: int) -> None:
@@ -119,4 +120,4 @@ class SemiSupervisedVAE(Spec):
         known = np.isin(y, np.arange(-1, self.num_classes))
         if not known.all():
             first = int(np.argmin(known))
-            raise must("y", f"lie in 0 … {self.num_classes - 1} or be -1", f"{y[first]} at index {first}", todo)
+            raise must("y", f"lie in 0 … {self.num_classes - 1} or be -1", f"{y[first]:g} at index {first}", todo)
