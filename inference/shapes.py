@@ -2,7 +2,8 @@ r"""Shapes: how the rate is charged while training. What is reported stays the u
 
 Every shape here replaces each site's rate by ``gain * rate + offset``: annealing and β set one gain, free bits gate
 dimensions whose batch-mean rate is below λ (``max(λ, KL)`` has gain 0 and offset λ there), a capacity pulls the rate
-to a target. A shape wraps an objective and is an objective, so shapes nest: ``AnnealedKL(FreeBits(ELBO()))``.
+to a target. One adds a term instead: what a guide's classifier says of known labels. A shape wraps an objective and is
+an objective, so shapes nest: ``AnnealedKL(FreeBits(ELBO()))``.
 """
 
 from __future__ import annotations

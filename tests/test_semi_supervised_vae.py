@@ -28,7 +28,7 @@ from elbozoo.inference import (
 )
 from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.weights import to_torch_layout
-from elbozoo.zoo import MLP, VAE, Gaussian, SemiSupervisedVAE
+from elbozoo.zoo import MLP, VAE, Conv, Gaussian, SemiSupervisedVAE
 
 TWINS = [
     SemiSupervisedVAE(6, 3, 2, MLP((5,), "softplus")),
@@ -379,6 +379,8 @@ def test_bad_labels_are_refused(engine: str, labels: np.ndarray, message: str) -
 def test_bad_fields_are_refused() -> None:
     with pytest.raises(InvalidArgument, match="num_classes must be a whole number of at least 2; got 1"):
         SemiSupervisedVAE(num_classes=1)
+    with pytest.raises(InvalidArgument, match="network must be a MLP; got Conv"):
+        SemiSupervisedVAE(network=Conv())
     with pytest.raises(InvalidArgument, match="guide must be one that does not climb"):
         SemiSupervisedVAE(guide=SemiAmortised())
     with pytest.raises(InvalidArgument, match="data must be what SemiSupervisedVAE takes; got 3 arrays"):

@@ -11,7 +11,7 @@ from elbozoo.guides import DiagonalGaussian, Family
 from elbozoo.inference.errors import must
 from elbozoo.inference.parts import instance_of, whole_number
 from elbozoo.zoo.likelihoods import Bernoulli, Likelihood
-from elbozoo.zoo.networks import MLP
+from elbozoo.zoo.networks import MLP, Network
 from elbozoo.zoo.spec import Spec, check_shape
 
 __all__ = ["POINT_MASS", "SemiSupervisedVAE"]
@@ -53,12 +53,13 @@ class SemiSupervisedVAE(Spec):
         data_dim: entries of one datum, flat.
         num_classes: C, at least 2.
         latent_dim: entries of z.
-        network: architecture of classifier and encoder and, mirrored, of the decoder.
+        network: architecture of classifier and encoder and, mirrored, of the decoder; dense, for these read x or z and
+            y side by side.
         likelihood: family of x given y and z.
         guide: family of z given x and y.
 
-    Raises: InvalidArgument for a guide that climbs the joint density, and by ``check_data`` for labels that are neither
-        a class nor -1.
+    Raises: InvalidArgument for another network, a guide that climbs the joint density, and by ``check_data`` for labels
+        that are neither a class nor -1.
     Limits: bounds of labelled and unlabelled data are of different quantities, ``log p(x, y)`` and ``log p(x)``; their
         mean is what the history shows. A sleep phase (``RWS``) teaches the classifier from unlabelled data alone.
         ``GumbelSoftmax`` and ``REBAR`` need a one-hot site, which NumPyro does not have.
@@ -75,7 +76,7 @@ class SemiSupervisedVAE(Spec):
     data_dim: int = 784
     num_classes: int = 10
     latent_dim: int = 50
-    network: MLP = dataclasses.field(default_factory=lambda: MLP((500,), "softplus"))
+    network: Network = dataclasses.field(default_factory=lambda: MLP((500,), "softplus"))
     likelihood: Likelihood = dataclasses.field(default_factory=Bernoulli)
     guide: Family = dataclasses.field(default_factory=DiagonalGaussian)
 
