@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor
 
@@ -64,7 +65,8 @@ class Guide(PyroModule):
         q = self.classify(x)
         with pyro.plate("data", num_data, subsample=torch.arange(batch), dim=-1):
             if y is not None:
-                pyro.deterministic("log_classifier", log_probability(q.logits, y), event_dim=0)
+                with poutine.infer_config(config_fn=lambda _: {"is_auxiliary": True}):  # the guide's alone
+                    pyro.deterministic("log_classifier", log_probability(q.logits, y), event_dim=0)
                 q = dist.Categorical(logits=with_labels(q.logits, y))
             label = pyro.sample("y", q)
             return pyro.sample("z", self.encode(x, label))
