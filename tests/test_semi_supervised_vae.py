@@ -392,7 +392,7 @@ def test_bad_fields_are_refused() -> None:
 @pytest.mark.filterwarnings("error")
 def test_the_librarys_own_elbo_takes_labels(engine: str) -> None:
     """Without ours: the same mean, the recorded number in nobody's way."""
-    made, (x, y) = program(engine), repeated(1000)
+    made, (x, y) = program(engine), repeated(20_000)
     if engine == "pyro":
         import pyro
         import torch
@@ -403,4 +403,4 @@ def test_the_librarys_own_elbo_takes_labels(engine: str) -> None:
         import numpyro
 
         loss = numpyro.infer.TraceGraph_ELBO().loss(jax.random.key(0), made.params, made.model_fn, made.guide_fn, x, y)
-    assert -float(loss) / 1000 == pytest.approx(exact_bound(WEIGHTS).sum(), abs=0.3)
+    assert -float(loss) / 20_000 == pytest.approx(exact_bound(WEIGHTS).sum(), abs=0.7)
