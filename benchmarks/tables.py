@@ -16,6 +16,7 @@ import numpy as np
 from elbozoo.benchmarks import hierarchy as hierarchy_script
 from elbozoo.benchmarks.guides import FAMILIES, LOCAL, ORDER, amortisation, gap, interval
 from elbozoo.benchmarks.iwae_mnist import PUBLISHED
+from elbozoo.benchmarks.semi_supervised import published
 from elbozoo.inference.storage import write_atomically
 
 if TYPE_CHECKING:
@@ -597,8 +598,92 @@ def _discrete_cell(cell: Mapping[str, Any]) -> str:
     return f"{cell['nll']:.2f} ± {cell['nll_se']:.2f} ({cell['elbo']:.2f}), {cell['train_seconds']:.0f}"
 
 
-FIGURE_WRITERS = {"depth": depth_figure, "hierarchy": hierarchy_figure, "local_minima": local_minima_figure}
+# --- codes ----------------------------------------------------------------------------------------------------------
+
+
+def codes(record: dict[str, Any]) -> str:
+    """Bits/dim, distortion, rate and usage of the codes, model by model."""
+    cells, config = record["cells"], record["config"]
+    any_cell = next(iter(cells.values()))
+    setting = (
+        f"{config['num_train']} images, {config['epochs']} epochs in batches of {config['batch_size']} "
+        f"({any_cell['share_of_protocol']:.2%} of the images that the paper's protocol sees); {any_cell['num_data']} "
+        f"held-out images; a budget of {config['num_latents']} indices of {config['num_codes']} codes is "
+        f"{config['num_latents'] * np.log(config['num_codes']):.1f} nats; the continuous latent has "
+        f"{config['num_latents']} entries."
+    )
+    head = ["model", "-ELBO, bits/dim ± s.e.", "distortion, nats", "rate, nats", "perplexity (codes used)", "seconds"]
+    rows = [
+        [
+            name,
+            f"{cell['bits_per_dim']:.3f} ± {cell['bits_per_dim_se']:.3f}" if "bits_per_dim" in cell else "no bound",
+            f"{cell['distortion']:.1f}",
+            f"{cell['rate']:.1f}" if "rate" in cell else "",
+            ", ".join(f"{p:.1f} ({u})" for p, u in zip(cell["perplexity"], cell["used"], strict=True))
+            if "used" in cell
+            else "",
+            f"{cell['train_seconds']:.0f}",
+        ]
+        for name, cell in cells.items()
+    ]
+    picture = "![Held-out images, their reconstructions, and samples from the priors](figures/codes.svg)"
+    return "\n\n".join([setting, table(head, rows), picture])
+
+
+def codes_figure(record: dict[str, Any]) -> Figure:
+    """A row of images each: data, reconstructions, samples."""
+    from matplotlib.figure import Figure
+
+    from elbozoo.benchmarks.codes import unpacked
+
+    cells = record["cells"]
+    pixels = next(iter(cells.values()))["pixels"]
+    wanted = [
+        ("vq", "data"),
+        *((name, "reconstruction") for name in ("autoencoder", "vq", "categorical", "continuous")),
+    ]
+    wanted += [(name, "sample") for name in ("vq", "vq, learned prior", "categorical", "continuous")]
+    rows = [(name, what) for name, what in wanted if what in cells.get(name, {}).get("pictures", {})]
+    figure = Figure(figsize=(7.5, 0.8 * len(rows)), layout="constrained")
+    for ax, (name, what) in zip(np.ravel(figure.subplots(len(rows), 1, squeeze=False)), rows, strict=True):
+        ax.imshow(np.hstack(unpacked(cells[name]["pictures"][what], pixels)), cmap="gray", vmin=0, vmax=255)
+        label = "data" if what == "data" else f"{name}:\n{what}"
+        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize="small")
+        ax.set(xticks=[], yticks=[])
+    return figure
+
+
+# --- few labels -----------------------------------------------------------------------------------------------------
+
+
+def semi_supervised(record: dict[str, Any]) -> str:
+    """Test accuracies beside the published ones."""
+    rows = []
+    for cell in record["cells"].values():
+        known = published(cell["objective"], cell["labels"]) if record["config"]["data"] == "mnist" else None
+        rows.append(
+            [
+                cell["objective"],
+                str(cell["labels"]),
+                str(cell["seed"]),
+                f"{cell['num_train']}, {cell['epochs']}",
+                f"{cell['train_seconds']:.0f}",
+                f"{cell['accuracy']:.3f} ± {cell['accuracy_se']:.3f}",
+                "" if known is None else f"{known:.3f}",
+            ]
+        )
+    head = ["objective", "labels", "seed", "images, epochs", "training s", "test accuracy ± s.e.", "published"]
+    return table(head, rows)
+
+
+FIGURE_WRITERS = {
+    "codes": codes_figure,
+    "depth": depth_figure,
+    "hierarchy": hierarchy_figure,
+    "local_minima": local_minima_figure,
+}
 WRITERS = {
+    "codes": codes,
     "depth": depth,
     "discrete": discrete,
     "guides": guides,
@@ -607,6 +692,7 @@ WRITERS = {
     "iwae_mnist": iwae,
     "local_minima": local_minima,
     "overhead": overhead,
+    "semi_supervised": semi_supervised,
 }
 
 

@@ -5,6 +5,7 @@ if __name__ == "inference":
 
 from elbozoo.inference.annealing import AnnealedLikelihood, Bracket, annealed_importance_sampling, bracket
 from elbozoo.inference.calibration import Calibration, calibrate
+from elbozoo.inference.classification import accuracy, class_probabilities, cluster_accuracy
 from elbozoo.inference.diagnosis import Diagnosis, diagnose
 from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate, GumbelSoftmax
 from elbozoo.inference.errors import CorruptFile, ElbozooError, InvalidArgument, NonFinite, Refused
@@ -28,7 +29,7 @@ from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, B
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.posterior import to_arviz
 from elbozoo.inference.rate_distortion import RateDistortion, RatePoint, rate_distortion
-from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, LayerwiseAnnealedKL, Shape
+from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, Classification, FreeBits, LayerwiseAnnealedKL, Shape
 from elbozoo.inference.starts import PPCA, Collapsed, Informative, Start
 from elbozoo.inference.suboptimality import Gaps, gaps, optimise_guide
 from elbozoo.inference.terms import Site, Terms
@@ -57,6 +58,7 @@ __all__ = [
     "Bracket",
     "Calibration",
     "Capacity",
+    "Classification",
     "Collapsed",
     "CorruptFile",
     "Course",
@@ -89,10 +91,13 @@ __all__ = [
     "Site",
     "Start",
     "Terms",
+    "accuracy",
     "annealed_importance_sampling",
     "bottleneck",
     "bracket",
     "calibrate",
+    "class_probabilities",
+    "cluster_accuracy",
     "diagnose",
     "evaluate",
     "exact_log_lik",

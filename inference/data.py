@@ -34,7 +34,7 @@ def prepare(program: Any, data: Any, binarize: Binarize = "none", check: bool = 
     if binarize != "none":
         x = _binarize(x, binarize)
     if program.spec is not None and check:
-        program.spec.check(x)
+        program.spec.check_data(x, *rest)
     local_to = getattr(program, "local_to", None)
     if local_to not in (None, len(x)):
         todo = "Pass those, or the program with the amortised guide"

@@ -191,6 +191,11 @@ def _samples(tr: Mapping[str, Any]) -> dict[str, Any]:
     return {n: s for n, s in tr.items() if s["type"] == "sample"}
 
 
+def _recorded(tr: Mapping[str, Any]) -> dict[str, Any]:
+    """What a program records with ``numpyro.deterministic``."""
+    return {n: s["value"] for n, s in tr.items() if s["type"] == "deterministic"}
+
+
 def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
     everything = [s for tr in (model_trace, guide_trace) for s in _samples(tr).values()]
     shared = (
@@ -570,7 +575,7 @@ def particles(
         values = {n: s["value"] for n, s in _samples(guide_trace).items() if not s["is_observed"]}
         ndims = {n: guide_trace[n]["fn"].event_dim for n in values}
         event_ndims.update(ndims)
-        return arrays | {"values": values, "mutable": mutable}
+        return arrays | {"values": values, "mutable": mutable, "recorded": _recorded(guide_trace)}
 
     def again(key: jax.Array, values: Mapping[str, jax.Array], ratio: jax.Array | None) -> dict[str, Any]:
         if ratio is not None:
@@ -667,6 +672,7 @@ def particles(
         redraw=redraw,
         rerun=rerun,
         dreamt=dreamt,
+        recorded=out["recorded"],
         data=args[0] if args else None,
         trained=params.get(_ESTIMATOR, {}),
         memory=params.get(_MEMORY, {}),

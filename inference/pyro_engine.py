@@ -59,6 +59,16 @@ def _samples(trace: Any) -> dict[str, Any]:
     }
 
 
+def _recorded(trace: Any) -> dict[str, torch.Tensor]:
+    """What a program records with ``pyro.deterministic``, spread over the plates that it is in."""
+    recorded = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and s["infer"].get("_deterministic")}
+    out = {}
+    for name, site in recorded.items():
+        value, event_dim = site["value"], site["fn"].event_dim
+        out[name] = value.expand(site["fn"].batch_shape + value.shape[value.dim() - event_dim :])
+    return out
+
+
 def _frames(site: Any) -> frozenset[tuple[str, int, int, int]]:
     return frozenset(
         (f.name, f.dim, f.size, f.full_size or f.size)
@@ -626,8 +636,11 @@ def particles(
         return sum(densities[1:], start=densities[0])
 
     terms = build([r.guide_trace for r in runs], analytic_kl, [{} for _ in runs])
+    each = [_recorded(r.guide_trace) for r in runs]
+    recorded = each[0] if together else {n: torch.stack([r[n] for r in each]) for n in each[0]}
     data = args[0] if args else None
-    return replace(terms, refreeze=refreeze, redraw=redraw, rerun=rerun, dreamt=dreamt, data=data)
+    terms = replace(terms, refreeze=refreeze, redraw=redraw, rerun=rerun, dreamt=dreamt)
+    return replace(terms, recorded=recorded, data=data)
 
 
 def _tree(fn: Callable, tree: Any) -> Any:

@@ -2,7 +2,8 @@ r"""Shapes: how the rate is charged while training. What is reported stays the u
 
 Every shape here replaces each site's rate by ``gain * rate + offset``: annealing and β set one gain, free bits gate
 dimensions whose batch-mean rate is below λ (``max(λ, KL)`` has gain 0 and offset λ there), a capacity pulls the rate
-to a target. A shape wraps an objective and is an objective, so shapes nest: ``AnnealedKL(FreeBits(ELBO()))``.
+to a target. One adds a term instead: what a guide's classifier says of known labels. A shape wraps an objective and is
+an objective, so shapes nest: ``AnnealedKL(FreeBits(ELBO()))``.
 """
 
 from __future__ import annotations
@@ -72,9 +73,14 @@ class Shape(Objective):
         terms = self.shape(terms)
         return inner.shape_all(terms) if isinstance(inner, Shape) else terms
 
+    def added(self, terms: Terms) -> Any:
+        """What this shape and those inside it add to the shaped bound beside its rates, ``(*P)`` or 0."""
+        inner = self.objective
+        return inner.added(terms) if isinstance(inner, Shape) else 0.0
+
     def scalars(self, terms: Terms) -> dict[str, Any]:
         """The shaped bound (batch mean, nats) and every schedule's present value."""
-        shaped = self.base.bound(self.shape_all(terms)).mean() / terms.data_per_entry
+        shaped = (self.base.bound(self.shape_all(terms)) + self.added(terms)).mean() / terms.data_per_entry
         return {"shaped_bound": stop_gradient(shaped), **self._schedules(terms)}
 
     def _schedules(self, terms: Terms) -> dict[str, Any]:
@@ -430,3 +436,59 @@ class Capacity(Shape):
 
     def schedule(self, terms: Terms) -> dict[str, Any]:
         return {"capacity": self.target(terms.step)}
+
+
+@dataclass(frozen=True)
+class Classification(Shape):
+    r"""The auxiliary classification term: the guide's own ``log q(y|x)`` of the labels that are known.
+
+    .. math:: \text{objective} + \text{weight} \cdot 1[\text{labelled}] \log q(y|x)
+
+    A known label takes the place of y's distribution in the guide, so without this term no label trains the classifier.
+    It is of training alone: what is reported is the objective's bound.
+
+    Args:
+        objective: the objective to add it to.
+        weight: of the term, at each labelled datum. The paper's ``α E_labelled[log q(y|x)]`` beside a sum over all data
+            is ``weight = α / num_labelled``; its ``α = 0.1 N`` is a tenth of the number of data for each label.
+        site: what the guide records (``deterministic``) for it: the log-probability of the label, nats, 0 where there
+            is none.
+
+    Raises: InvalidArgument for a weight below 0, and at the first step where the guide records no such number a datum.
+    Units: nats per datum.
+    Limits: 0 is the objective alone. In minibatches it is unbiased, few of which hold a label where labels are rare.
+    References: Kingma et al. 2014 (arXiv 1406.5298), eq. 9; the weight, section 4.
+    """
+
+    objective: Objective = field(default_factory=ELBO)
+    weight: float = 1.0
+    site: str = "log_classifier"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("weight", self.weight, lambda v: v >= 0, "be finite and at least 0", "0 leaves the labels unread")
+
+    def check(self, terms: Terms) -> None:
+        super().check(terms)
+        todo = "Pass labels beside the data, and record their log-probabilities in the guide"
+        if self.site not in terms.recorded:
+            got = sorted(terms.recorded) or "nothing"
+            raise must("the guide under Classification", f"record '{self.site}' by deterministic", got, todo)
+        shape, batch = tuple(terms.recorded[self.site].shape[1:]), tuple(terms.log_lik.shape[1:])
+        if shape != batch:
+            raise must(f"'{self.site}' under Classification", f"be one number a datum, of shape {batch}", shape, todo)
+
+    def shape(self, terms: Terms) -> Terms:
+        return terms
+
+    def _term(self, terms: Terms) -> Array:
+        return self.weight * terms.recorded[self.site].mean(axis=0)
+
+    def added(self, terms: Terms) -> Any:
+        return super().added(terms) + self._term(terms)
+
+    def surrogate(self, terms: Terms) -> Array:
+        return super().surrogate(terms) + self._term(terms)
+
+    def schedule(self, terms: Terms) -> dict[str, Any]:
+        return {"classification": stop_gradient(self._term(terms).mean())}

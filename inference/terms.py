@@ -202,6 +202,8 @@ class Terms:
         dreamt: engine callback behind :meth:`log_guide_of_dreams`.
         scores: by site, what an estimator's :class:`Choice` scored, ``(K, *P)``; of a run by :meth:`again` alone.
         kept: by site, what it kept, ``(K, …)``; likewise.
+        recorded: what the guide records with ``deterministic``, by name, ``(K, …)``; in Pyro with ``event_dim`` given,
+            or the shared plates' axes come twice.
         data: the program's first argument, for baselines that are made of it.
         trained, memory: an estimator's own numbers by name: what gradients train, and what it remembers of past steps.
     """
@@ -220,6 +222,7 @@ class Terms:
     dreamt: Callable[[], Array] | None = field(default=None, repr=False)
     scores: Mapping[str, Array] = field(default_factory=dict, repr=False)
     kept: Mapping[str, Mapping[str, Array]] = field(default_factory=dict, repr=False)
+    recorded: Mapping[str, Array] = field(default_factory=dict, repr=False)
     data: Any = field(default=None, repr=False)
     trained: Mapping[str, Array] = field(default_factory=dict, repr=False)
     memory: Mapping[str, Array] = field(default_factory=dict, repr=False)

@@ -6,6 +6,7 @@ if __name__ == "zoo":
 from elbozoo.zoo.autoencoder import Autoencoder
 from elbozoo.zoo.categorical_vae import CategoricalVAE
 from elbozoo.zoo.deep_hierarchical_vae import DeepHierarchicalVAE
+from elbozoo.zoo.gaussian_mixture_vae import GaussianMixtureVAE
 from elbozoo.zoo.hierarchical_vae import HierarchicalVAE
 from elbozoo.zoo.ladder_vae import LadderVAE
 from elbozoo.zoo.likelihoods import (
@@ -19,6 +20,7 @@ from elbozoo.zoo.likelihoods import (
 from elbozoo.zoo.linear_vae import LinearVAE
 from elbozoo.zoo.networks import MLP, Conv, Network
 from elbozoo.zoo.priors import FlowPrior, MixturePrior, Prior, StandardNormal, VampPrior
+from elbozoo.zoo.semi_supervised_vae import SemiSupervisedVAE
 from elbozoo.zoo.sigmoid_belief_net import SigmoidBeliefNet
 from elbozoo.zoo.spec import Spec
 from elbozoo.zoo.vae import VAE
@@ -36,6 +38,7 @@ __all__ = [
     "DiscretizedLogistic",
     "FlowPrior",
     "Gaussian",
+    "GaussianMixtureVAE",
     "HierarchicalVAE",
     "LadderVAE",
     "Likelihood",
@@ -43,6 +46,7 @@ __all__ = [
     "MixturePrior",
     "Network",
     "Prior",
+    "SemiSupervisedVAE",
     "SigmoidBeliefNet",
     "Spec",
     "StandardNormal",

@@ -62,6 +62,13 @@ class Spec(Part):
         """Raise InvalidArgument unless ``x`` is data that the model can have generated."""
         raise NotImplementedError
 
+    def check_data(self, x: Any, *others: Any) -> None:
+        """Raise InvalidArgument unless ``x``, and what is passed after it (labels), are data of the model."""
+        if others:
+            got = f"{1 + len(others)} arrays"
+            raise must("data", f"be what {type(self).__name__} takes", got, "Leave the last one out")
+        self.check(x)
+
 
 def check_name(name: str) -> str:
     """``name``, refused unless it is empty or a Python identifier."""
