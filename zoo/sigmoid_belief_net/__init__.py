@@ -78,7 +78,9 @@ class SigmoidBeliefNet(Spec):
             todo = "Pass latent_dims=(200, 200), say"
             raise must("latent_dims", "have one to three layers", self.latent_dims, todo)
         if not isinstance(self.autoregressive_guide, bool):
-            raise must("autoregressive_guide", "be True or False", repr(self.autoregressive_guide), "Pass one of the two")
+            raise must(
+                "autoregressive_guide", "be True or False", repr(self.autoregressive_guide), "Pass one of the two"
+            )
         instance_of("likelihood", self.likelihood, Likelihood)
         self.likelihood.check_data_dim(self.data_dim)
 
