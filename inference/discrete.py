@@ -173,15 +173,19 @@ def _perturbed(draw: Draw, uniform: Array) -> Array:
 
 
 def _perturbed_given_drawn(draw: Draw, uniform: Array) -> Array:
-    """The same given the state that was drawn; differentiable in the logits."""
-    xp = namespace(draw.logits)
+    """The same given the state that was drawn; differentiable in the logits.
+
+    By Tucker et al.'s appendix C, with logarithms of sums: a state that is all but sure leaves no infinity.
+    """
+    xp, logits = namespace(draw.logits), draw.logits
     if draw.family == "Bernoulli":
-        u = _uniform_given(xp, draw.logits, draw.drawn, uniform)
-        return draw.logits + xp.log(u) - xp.log1p(-u)
-    exponential = -xp.log(uniform)
-    winner = (exponential * draw.drawn).sum(-1)[..., None]
-    rest = exponential * xp.exp(-draw.logits) + winner
-    return -xp.log(xp.where(draw.drawn > 0.5, exponential, rest))
+        logistic, zero = xp.log(uniform) - xp.log1p(-uniform), xp.zeros_like(logits)
+        one = xp.logaddexp(logistic + xp.logaddexp(logits, zero), zero)
+        return xp.where(draw.drawn > 0.5, one, -xp.logaddexp(logistic + xp.logaddexp(-logits, zero), zero))
+    log_exponential = xp.log(-xp.log(uniform))
+    log_winner = (log_exponential * draw.drawn).sum(-1)[..., None]
+    rest = xp.logaddexp(log_exponential - logits, log_winner + xp.zeros_like(logits))
+    return -xp.where(draw.drawn > 0.5, log_exponential, rest)
 
 
 def _relaxed(draw: Draw, perturbed: Array, temperature: Any) -> Array:

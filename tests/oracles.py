@@ -216,9 +216,11 @@ def library(engine: str) -> SimpleNamespace:
         import numpyro
         import numpyro.distributions as dist
 
+        from elbozoo.inference.numpyro_distributions import OneHotCategorical
+
         return SimpleNamespace(
             engine=engine, sample=numpyro.sample, param=numpyro.param, plate=numpyro.plate, dist=dist, xp=jnp,
-            array=jnp.asarray, stack=lambda xs: jnp.stack(xs, axis=-1),
+            array=jnp.asarray, stack=lambda xs: jnp.stack(xs, axis=-1), one_hot=OneHotCategorical,
         )  # fmt: skip
     import pyro
     import pyro.distributions as dist
@@ -226,7 +228,7 @@ def library(engine: str) -> SimpleNamespace:
 
     return SimpleNamespace(
         engine=engine, sample=pyro.sample, param=pyro.param, plate=pyro.plate, dist=dist, xp=torch,
-        array=torch.as_tensor, stack=lambda xs: torch.stack(xs, dim=-1),
+        array=torch.as_tensor, stack=lambda xs: torch.stack(xs, dim=-1), one_hot=dist.OneHotCategorical,
     )  # fmt: skip
 
 
@@ -447,23 +449,26 @@ def _ladder() -> Toy:
     return Toy("ladder", p0, 3.0, program, nodes)
 
 
-def _discrete() -> Toy:
-    """One Categorical site of three classes."""
+def _discrete(one_hot: bool) -> Toy:
+    """One Categorical site of three classes, a number or a one-hot vector."""
     p0 = {"m0": 1.1, "m1": -0.9, "w0": -0.7, "w1": 0.2, "w2": 1.9, "s": -0.2, "q0": -0.2, "q1": 1.0}
 
     def program(lib: Any, p: Callable, size: int) -> tuple[Callable, Callable]:
         def logits(a: Any, b: Any) -> Any:
             return lib.stack([a, b, 0.0 * a])
 
+        family = lib.one_hot if one_hot else lib.dist.Categorical
+
         def model(x: Any) -> None:
             with lib.plate("data", size, dim=-1):
-                d = lib.sample("d", lib.dist.Categorical(logits=logits(p("m0"), p("m1"))))
-                mean = p("w0") * (d == 0) + p("w1") * (d == 1) + p("w2") * (d == 2)
+                d = lib.sample("d", family(logits=logits(p("m0"), p("m1"))))
+                states = [d[..., i] if one_hot else d == i for i in range(3)]
+                mean = p("w0") * states[0] + p("w1") * states[1] + p("w2") * states[2]
                 lib.sample("x", lib.dist.Normal(mean, lib.xp.exp(p("s"))), obs=x)
 
         def guide(x: Any) -> None:
             with lib.plate("data", size, dim=-1):
-                lib.sample("d", lib.dist.Categorical(logits=logits(p("q0"), p("q1"))))
+                lib.sample("d", family(logits=logits(p("q0"), p("q1"))))
 
         return model, guide
 
@@ -475,7 +480,7 @@ def _discrete() -> Toy:
         means = np.array([p["w0"], p["w1"], p["w2"]])
         return Nodes(np.exp(log_q), normal(0.8, means, np.exp(p["s"])), log_q - log_probs(p["m0"], p["m1"]))
 
-    return Toy("discrete", p0, 0.8, program, nodes)
+    return Toy("one hot" if one_hot else "discrete", p0, 0.8, program, nodes)
 
 
 def _binary_layers() -> Toy:
@@ -559,4 +564,5 @@ def _mixed(discrete_first: bool) -> Toy:
 
 ONE_SITE, TOP_DOWN, BOTTOM_UP = _one_site(), _two_sites(bottom_up=False), _two_sites(bottom_up=True)
 LADDER, BINARY_LAYERS = _ladder(), _binary_layers()
-DISCRETE, DISCRETE_FIRST, CONTINUOUS_FIRST = _discrete(), _mixed(discrete_first=True), _mixed(discrete_first=False)
+DISCRETE, ONE_HOT = _discrete(one_hot=False), _discrete(one_hot=True)
+DISCRETE_FIRST, CONTINUOUS_FIRST = _mixed(discrete_first=True), _mixed(discrete_first=False)

@@ -205,7 +205,8 @@ class TestOneHotCategorical:
     def test_log_probs_of_its_states(self) -> None:
         fn, log_probs = self.made(), log_softmax(self.LOGITS, axis=-1)
         values = fn.enumerate_support()
-        assert values.shape == (4, 2, 4) and fn.enumerate_support(expand=False).shape == (4, 1, 4)
+        assert values.shape == (4, 2, 4)
+        assert fn.enumerate_support(expand=False).shape == (4, 1, 4)
         np.testing.assert_allclose(fn.log_prob(values), log_probs.T, rtol=1e-12)
         np.testing.assert_allclose(fn.entropy(), -(np.exp(log_probs) * log_probs).sum(-1), rtol=1e-12)
         np.testing.assert_allclose(fn.mean, np.exp(log_probs), rtol=1e-12)
@@ -215,7 +216,8 @@ class TestOneHotCategorical:
 
         fn, num = self.made(), 40_000
         draws = np.asarray(fn.expand((3, 2)).sample(jax.random.key(0), (num,)))
-        assert draws.shape == (num, 3, 2, 4) and draws.dtype == np.float64
+        assert draws.shape == (num, 3, 2, 4)
+        assert draws.dtype == np.float64
         assert fn.support(draws).all()
         error = np.sqrt(fn.variance / (3 * num))
         assert (abs(draws.mean((0, 1)) - fn.mean) < 4.5 * error).all()
@@ -225,7 +227,8 @@ class TestOneHotCategorical:
         support = self.made().support
         for value, inside in {(0, 1, 0): True, (0, 0, 0): False, (1, 1, 0): False, (0.5, 0.5, 0): False}.items():
             assert bool(support(np.array(value))) is inside
-        assert support.is_discrete and support.event_dim == 1
+        assert support.is_discrete
+        assert support.event_dim == 1
         assert support(support.feasible_like(np.zeros((2, 3)))).all()
 
     def test_impossible_states(self) -> None:
@@ -248,7 +251,8 @@ class TestOneHotCategorical:
 
         fn = jax.jit(lambda fn: fn)(self.made())
         np.testing.assert_array_equal(fn.logits, self.LOGITS)
-        assert fn.batch_shape == (2,) and fn.event_shape == (4,)
+        assert fn.batch_shape == (2,)
+        assert fn.event_shape == (4,)
 
     def test_a_number_is_refused(self) -> None:
         from elbozoo.inference.numpyro_distributions import OneHotCategorical

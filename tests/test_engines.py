@@ -712,6 +712,55 @@ def test_analytic_kl_only_where_its_parents_were_drawn(
         np.testing.assert_allclose(site.rate, want, rtol=1e-10)
 
 
+@pytest.mark.parametrize("parametrised", ["logits", "probs", "mixed"])
+@pytest.mark.parametrize("family", ["Bernoulli", "Categorical", "OneHotCategorical"])
+def test_analytic_kl_of_discrete_sites(engine: str, family: str, parametrised: str) -> None:
+    """The sum over the states of ``q (log q - log p)``, by dimension; the guide rules one state out."""
+    lib, rng = library(engine), np.random.default_rng(0)
+    q, p = rng.dirichlet(np.ones(2 if family == "Bernoulli" else 3), size=(2, 5, 4))  # (data, dimensions, states)
+    if family != "Bernoulli":
+        q[0, 0] = [0.25, 0.75, 0.0]
+
+    def distribution(probs: np.ndarray, by_logits: bool) -> Any:
+        with np.errstate(divide="ignore"):
+            logits = np.log(probs).clip(-1e300)
+        cls = lib.one_hot if family == "OneHotCategorical" else getattr(lib.dist, family)
+        if family == "Bernoulli":
+            probs, logits = probs[..., 1], logits[..., 1] - logits[..., 0]
+        if by_logits or (engine == "numpyro" and family == "OneHotCategorical"):
+            return cls(logits=lib.array(logits)).to_event(1)
+        return cls(probs=lib.array(probs)).to_event(1)
+
+    def model() -> None:
+        with lib.plate("data", 5, dim=-1):
+            lib.sample("z", distribution(p, parametrised != "probs"))
+            lib.sample("x", lib.dist.Normal(lib.array(0.0), 1.0), obs=lib.array(X5))
+
+    def guide() -> None:
+        with lib.plate("data", 5, dim=-1):
+            lib.sample("z", distribution(q, parametrised == "logits"))
+
+    site = read(engine, (model, guide), analytic_kl=True).sites["z"]
+    kl = (q * np.where(q > 0, np.log(np.where(q > 0, q, 1.0)) - np.log(p), 0.0)).sum(-1)
+    np.testing.assert_allclose(site.rate_terms, np.broadcast_to(kl, (3, 5, 4)), rtol=1e-10)
+    np.testing.assert_allclose(site.kl, np.broadcast_to(kl.sum(-1), (3, 5)), rtol=1e-10)
+
+
+def test_discrete_families_that_differ_have_no_analytic_kl(engine: str) -> None:
+    lib = library(engine)
+
+    def model() -> None:
+        with lib.plate("data", 5, dim=-1):
+            lib.sample("z", lib.dist.Categorical(logits=lib.array(np.array([0.3, -0.2]))))
+            lib.sample("x", lib.dist.Normal(lib.array(0.0), 1.0), obs=lib.array(X5))
+
+    def guide() -> None:
+        with lib.plate("data", 5, dim=-1):
+            lib.sample("z", lib.dist.Bernoulli(logits=lib.array(0.4)))
+
+    assert read(engine, (model, guide), analytic_kl=True).sites["z"].kl is None
+
+
 def test_analytic_kl_keeps_the_dimensions_of_a_latent_plate(engine: str) -> None:
     """Free bits a dimension must see them, in event dims and in a plate alike."""
     one_dim = 0.5 * (0.49 + 0.09 - 1) - np.log(0.7)

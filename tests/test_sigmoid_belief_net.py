@@ -59,7 +59,7 @@ def log_joint(weights: dict[str, np.ndarray], layers: list[np.ndarray], x: np.nd
 
 def log_guide(weights: dict[str, np.ndarray], layers: list[np.ndarray], x: np.ndarray) -> np.ndarray:
     """``log q(z | x)``, unit by unit."""
-    total = 0.0
+    total = np.zeros(x.shape[:-1])
     for i, (below, z) in enumerate(zip([x, *layers[:-1]], layers, strict=True)):
         logits = outputs(weights, f"encoders.{i}", below)
         within = weights.get(f"posteriors.{i}.autoregression", np.zeros((z.shape[-1],) * 2))
@@ -230,7 +230,8 @@ def test_it_trains_with_an_autoregressive_guide(engine: str, objective: Any) -> 
     for i, units in enumerate((3, 2)):
         within = run.program.weights[f"posteriors.{i}.autoregression"]
         below = np.tril(np.ones((units, units)), -1) > 0
-        assert within[below].all() and not within[~below].any()
+        assert within[below].all()
+        assert not within[~below].any()
 
 
 def test_training_finds_the_evidence(engine: str) -> None:

@@ -180,15 +180,7 @@ def pyro_side(spec: Spec, weights: dict) -> tuple[dict, dict, dict, np.ndarray]:
 
 def template(program: Any, x: np.ndarray) -> dict:
     """Shapes of a NumPyro program's parameters, without computing any."""
-
-    def params() -> dict:
-        out = {}
-        for form in (program.model, program.guide):
-            trace = handlers.trace(handlers.seed(form, 0)).get_trace(x)
-            out |= {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
-        return out
-
-    return jax.eval_shape(params)
+    return jax.eval_shape(lambda: program.init(jax.random.key(0), x)[0])
 
 
 def numpyro_side(spec: Spec, weights: dict, latents: dict, x: np.ndarray) -> tuple[dict, dict]:

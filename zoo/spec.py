@@ -25,7 +25,7 @@ class Spec(Part):
     """
 
     generative: ClassVar[bool] = True
-    """Whether the model is a distribution of data: else there is nothing to draw from, and no likelihood to evaluate."""
+    """Whether the model is a distribution of data; else nothing can be drawn from it, nor its likelihood evaluated."""
 
     def pyro(self, name: str = "") -> elbozoo.inference.pyro_engine.Program:
         """The program in Pyro: ``.model`` and ``.guide`` are PyroModules.
