@@ -248,6 +248,15 @@ def test_what_is_reported_is_of_the_discrete_model(engine: str, gradient: Any) -
     assert len(np.unique(np.round(found, 9))) > 1
 
 
+@pytest.mark.parametrize("gradient", [GumbelSoftmax(0.5), REBAR(0.5), DisARM(), ARM()], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize("logit", [800.0, -800.0])
+def test_an_all_but_sure_state_has_a_finite_gradient(engine: str, gradient: Any, logit: float) -> None:
+    """A uniform number given such a state rounds to 0 or 1, whose logit is infinite."""
+    sure = Toy("sure", {**TOY.params, "qa": logit}, TOY.x, TOY.program, TOY.nodes)
+    (found,) = oracles.estimates(engine, sure, [ELBO(gradient=gradient, analytic_kl=False)], 50)
+    assert all(np.isfinite(mean) for mean, _ in found.values())
+
+
 def test_the_enumerated_bound_is_the_exact_expectation(engine: str) -> None:
     *_, probability, log_weight = held_weights(1)
     found = losses(engine, ELBO(gradient=Enumerate()), 3)
