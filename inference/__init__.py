@@ -6,7 +6,7 @@ if __name__ == "inference":
 from elbozoo.inference.annealing import AnnealedLikelihood, Bracket, annealed_importance_sampling, bracket
 from elbozoo.inference.calibration import Calibration, calibrate
 from elbozoo.inference.diagnosis import Diagnosis, diagnose
-from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate, GumbelSoftmax
+from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate, GumbelSoftmax, StraightThrough
 from elbozoo.inference.errors import CorruptFile, ElbozooError, InvalidArgument, NonFinite, Refused
 from elbozoo.inference.evaluation import Evaluation, evaluate
 from elbozoo.inference.exact import exact_log_lik
@@ -77,6 +77,7 @@ __all__ = [
     "Shape",
     "Site",
     "Start",
+    "StraightThrough",
     "Terms",
     "annealed_importance_sampling",
     "bottleneck",

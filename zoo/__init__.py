@@ -15,21 +15,28 @@ from elbozoo.zoo.likelihoods import (
     Likelihood,
 )
 from elbozoo.zoo.linear_vae import LinearVAE
-from elbozoo.zoo.networks import MLP, Conv, Network
+from elbozoo.zoo.networks import MLP, Conv, FullyConv, Network
 from elbozoo.zoo.priors import FlowPrior, MixturePrior, Prior, StandardNormal, VampPrior
+from elbozoo.zoo.quantizers import Codebook, FiniteScalar, Quantizer, Residual
 from elbozoo.zoo.spec import Spec
 from elbozoo.zoo.vae import VAE
+from elbozoo.zoo.vqvae import VQVAE, CodeUsage, code_usage
 
 __all__ = [
     "MLP",
     "VAE",
+    "VQVAE",
     "AutoregressiveBernoulli",
     "Bernoulli",
     "ContinuousBernoulli",
+    "CodeUsage",
+    "Codebook",
     "Conv",
     "DeepHierarchicalVAE",
     "DiscretizedLogistic",
+    "FiniteScalar",
     "FlowPrior",
+    "FullyConv",
     "Gaussian",
     "HierarchicalVAE",
     "LadderVAE",
@@ -38,7 +45,10 @@ __all__ = [
     "MixturePrior",
     "Network",
     "Prior",
+    "Quantizer",
+    "Residual",
     "Spec",
     "StandardNormal",
     "VampPrior",
+    "code_usage",
 ]
