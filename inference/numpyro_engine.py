@@ -932,9 +932,7 @@ class Program:
             example = (jnp.zeros((1, self.spec.data_dim)),)
         untrained = replace(self, params=None)
         template, mutable = jax.jit(lambda key: untrained.init(key, *example)[::2])(random.key(0))
-        found = jax.tree.map(
-            jnp.asarray, from_torch_layout(weights, {**template, **_buffers(mutable)}, self._prefix)
-        )
+        found = jax.tree.map(jnp.asarray, from_torch_layout(weights, {**template, **_buffers(mutable)}, self._prefix))
         params, buffers = ({n: v for n, v in found.items() if (n in template) is kept} for kept in (True, False))
         return self.with_params(params, {**mutable, **buffers} or None)
 

@@ -168,7 +168,9 @@ class FullyConv(Network):
         """Entries of each place's vector, of ``size`` in all. Raises: InvalidArgument where the places do not divide it."""
         if size % self.positions:
             todo = "Pass latents that the places divide, or other channels"
-            raise must("the latents of a FullyConv network", f"be a multiple of its {self.positions} places", size, todo)
+            raise must(
+                "the latents of a FullyConv network", f"be a multiple of its {self.positions} places", size, todo
+            )
         return size // self.positions
 
     def check_data_dim(self, data_dim: int) -> None:

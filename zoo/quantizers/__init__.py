@@ -73,7 +73,7 @@ class Codebook(Quantizer):
 
     Raises: InvalidArgument, also for ``revive`` without moving averages, which are what counts.
     Limits: one code carries nothing, and the rate is 0. With more codes than outputs in a minibatch the rest stays as it
-    is.
+    is. A learned prior has to learn anew what a revived code is used for.
     References: van den Oord, Vinyals & Kavukcuoglu 2017 (arXiv 1711.00937), eq. 3, appendix A.1 (moving averages); dead
         codes: Dhariwal et al. 2020, Jukebox (arXiv 2005.00341), section 3.1.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import log
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -241,7 +242,7 @@ class UniformCodes(dist.Distribution):
     @validate_sample
     def log_prob(self, value: Array) -> Array:
         _, inside = find(self.codes, value)
-        return jnp.where(inside, -jnp.log(1.0 * self.codes.shape[1]), -jnp.inf)
+        return jnp.where(inside, -log(self.codes.shape[1]), -jnp.inf)
 
 
 class AutoregressiveCodes(dist.Distribution):
