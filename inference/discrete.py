@@ -349,8 +349,8 @@ class StraightThrough(DiscreteEstimator):
     def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
         total = Pathwise().surrogate(bound, terms.again(self._pass) if _discrete(terms) else terms)
         for site in _quantised(terms):
-            errors = self.codebook * site.codebook_error + self.commitment * site.commitment_error
-            total = total - errors.mean(axis=0)
+            total = total - self.codebook * site.codebook_error.mean(axis=0)  # type: ignore[union-attr]
+            total = total - self.commitment * site.commitment_error.mean(axis=0)  # type: ignore[union-attr]
         return total
 
     def _pass(self, draw: Draw) -> Choice:

@@ -371,9 +371,8 @@ def _quantisation_errors(fn: Any, layout: _Layout) -> dict[str, jax.Array]:
     (base, factors), shape = _strip(fn), None
     while isinstance(base, ExpandedDistribution):
         shape, base = shape or base.batch_shape, base.base_dist
-    if not hasattr(base, "quantisation_errors"):
-        return {}
-    errors = {n: jnp.broadcast_to(e, base.batch_shape if shape is None else shape) for n, e in base.quantisation_errors}
+    found = getattr(base, "quantisation_errors", ())
+    errors = {n: jnp.broadcast_to(e, base.batch_shape if shape is None else shape) for n, e in found}
     return {n: plates_first(e, e.ndim - factors, layout.dims).sum(axis=-1) for n, e in errors.items()}
 
 

@@ -3,8 +3,8 @@
 One rule, both ways. A parameter site ``decoder$params`` that holds a pytree becomes one entry a leaf, named by the site
 without ``$params`` and the path, joined by dots. A leaf called ``kernel`` is called ``weight`` in torch, which puts the
 output features first: ``(..., in, out) -> (out, in, ...)``, a transpose for a dense layer and HWIO to OIHW for a
-convolution. Every other leaf keeps its name and layout. A site that is a plain array keeps its own name. Mutable sites called
-``<module>$buffers`` are a torch module's buffers, and go by the same rule.
+convolution. Every other leaf keeps its name and layout. A site that is a plain array keeps its own name. Mutable sites
+called ``<module>$buffers`` are a torch module's buffers, and go by the same rule.
 """
 
 from __future__ import annotations

@@ -127,8 +127,8 @@ class FullyConv(Network):
     """Convolutions alone: the encoder's outputs, and the decoder's inputs, are a vector at each place of a small map.
 
     Encoder: 3x3 convolutions of stride 2 and padding 1 to ``channels``, then one of stride 1 to the vectors. Decoder: a
-    3x3 convolution of the vectors to ``channels[-1]``, then the mirror image as in :class:`Conv`. Outputs and inputs are
-    flat in (row, column, vector) order, and as many as a multiple of the places.
+    3x3 convolution of the vectors to ``channels[-1]``, then the mirror image as in :class:`Conv`. Outputs and inputs
+    are flat in (row, column, vector) order, and as many as a multiple of the places.
 
     Args:
         image_shape: (channels, height, width) of one datum, as in :class:`Conv`.
@@ -165,12 +165,11 @@ class FullyConv(Network):
         return prod(self.map_shape)
 
     def vector_dim(self, size: int) -> int:
-        """Entries of each place's vector, of ``size`` in all. Raises: InvalidArgument where the places do not divide it."""
+        """Entries of each place's vector, of ``size`` in all, refused where the places do not divide them."""
         if size % self.positions:
             todo = "Pass latents that the places divide, or other channels"
-            raise must(
-                "the latents of a FullyConv network", f"be a multiple of its {self.positions} places", size, todo
-            )
+            condition = f"be a multiple of its {self.positions} places"
+            raise must("the latents of a FullyConv network", condition, size, todo)
         return size // self.positions
 
     def check_data_dim(self, data_dim: int) -> None:

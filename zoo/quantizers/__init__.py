@@ -1,12 +1,12 @@
 """Quantizers: which of finitely many codes stands for an encoder's output.
 
-Each is a spec; its forms are in ``quantizers_pyro.py`` and ``quantizers_numpyro.py``, beside the distributions over codes.
-A quantizer has ``depth`` codebooks of ``num_codes`` codes with ``code_dim`` entries. A position's value is one code of each
-(depth, code_dim), and stands for their sum: the first is the code nearest to the encoder's output, each further one nearest
-to what those before it leave.
+Each is a spec; its forms are in ``quantizers_pyro.py`` and ``quantizers_numpyro.py``, beside the distributions over
+codes. A quantizer has ``depth`` codebooks of ``num_codes`` codes with ``code_dim`` entries. A position's value is one
+code of each (depth, code_dim), and stands for their sum: the first is the code nearest to the encoder's output, each
+further one nearest to what those before it leave.
 
-Shapes: encoder outputs (..., P, code_dim) for P positions, values (..., P depth, code_dim), a position's codes next to one
-another.
+Shapes: encoder outputs (..., P, code_dim) for P positions, values (..., P depth, code_dim), a position's codes next to
+one another.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Codebook(Quantizer):
         c_k \leftarrow m_k / N_k \text{ where } n_k > 0
 
     from ``N_k = 1``, ``m_k = c_k``. Then every code with ``N_k < revive`` is moved onto an output of the minibatch, no
-    two onto one, with ``N_k = 1``: which outputs, changes from step to step and is no matter of chance. Evaluation moves
-    nothing.
+    two onto one, with ``N_k = 1``: which outputs, changes from step to step and is no matter of chance. Evaluation
+    moves nothing.
 
     Parameters: ``codebook.codes`` (depth, num_codes, code_dim), at first ``U(-1 / num_codes, 1 / num_codes)``; with
     ``update="ema"`` it is a buffer, beside ``codebook.counts`` N (depth, num_codes), ``codebook.sums`` m and
@@ -72,8 +72,8 @@ class Codebook(Quantizer):
         revive: outputs a minibatch below which a code counts as dead; 0 revives none.
 
     Raises: InvalidArgument, also for ``revive`` without moving averages, which are what counts.
-    Limits: one code carries nothing, and the rate is 0. With more codes than outputs in a minibatch the rest stays as it
-    is. A learned prior has to learn anew what a revived code is used for.
+    Limits: one code carries nothing, and the rate is 0. With more codes than outputs in a minibatch the rest stays as
+    it is. A learned prior has to learn anew what a revived code is used for.
     References: van den Oord, Vinyals & Kavukcuoglu 2017 (arXiv 1711.00937), eq. 3, appendix A.1 (moving averages); dead
         codes: Dhariwal et al. 2020, Jukebox (arXiv 2005.00341), section 3.1.
 
@@ -103,8 +103,8 @@ class Codebook(Quantizer):
 class Residual(Codebook):
     """Several codebooks, each of what those before it leave: ``sum_d code_d`` stands for the encoder's output.
 
-    A position's value is its ``depth`` codes, and its rate under a uniform prior ``depth log num_codes``. Errors and moving
-    averages are those of :class:`Codebook`, of each codebook with its own residual in place of e.
+    A position's value is its ``depth`` codes, and its rate under a uniform prior ``depth log num_codes``. Errors and
+    moving averages are those of :class:`Codebook`, of each codebook with its own residual in place of e.
 
     Args:
         depth: codebooks.
@@ -130,8 +130,8 @@ class FiniteScalar(Quantizer):
 
     ``e_i -> (h tanh(e_i + a) - o) / (L // 2)`` and then to the nearest of the grid ``{-(L // 2), ..., (L - 1) // 2} /
     (L // 2)``, with ``L = levels[i]``, ``h = (L - 1) (1 + 0.001) / 2``, ``o`` one half for even L and 0 for odd, and a
-    such that 0 stays 0. There are ``prod(levels)`` codes, all of which exist from the start: no codebook to train, none of
-    the errors, no parameters.
+    such that 0 stays 0. There are ``prod(levels)`` codes, all of which exist from the start: no codebook to train,
+    none of the errors, no parameters.
 
     Args:
         levels: of each entry; their number is ``code_dim``.

@@ -147,7 +147,7 @@ def follow(spec: specs.Codebook, state: State, found: Quantization) -> State:
     residuals = found.residuals.reshape(-1, *found.residuals.shape[-2:])
     index, steps = found.index.reshape(-1, found.index.shape[-1]), state["steps"] + 1
     next_state = [
-        _follow(spec, *(state[n][d] for n in ("codes", "counts", "sums")), residuals[:, d], index[:, d], steps)
+        _follow(spec, state["codes"][d], state["counts"][d], state["sums"][d], residuals[:, d], index[:, d], steps)
         for d in range(spec.depth)
     ]
     codes, counts, sums = (jnp.stack(each) for each in zip(*next_state, strict=True))

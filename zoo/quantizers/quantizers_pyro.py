@@ -6,7 +6,6 @@ from collections.abc import Callable
 from math import inf, log
 from typing import ClassVar, NamedTuple
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn

@@ -28,17 +28,17 @@ class VQVAE(Spec):
     r"""A variational autoencoder whose latents are indices of codes (VQ-VAE).
 
     ``index ~ prior``, ``x | index ~ likelihood(decoder(codes))``; the guide gives all its mass to the codes nearest to
-    the encoder's outputs. With P latents of K codes each, ``rate = log q - log p`` is ``P log K`` under a uniform prior,
-    whatever the data, and the ELBO is the distortion's alone to change. An autoregressive prior
-    ``prod_i p(index_i | index_1 ... index_{i-1})``, a causal transformer, learns which indices go together and lowers the
-    rate; none of its gradient reaches codes or encoder. It starts as the uniform one.
+    the encoder's outputs. With P latents of K codes each, ``rate = log q - log p`` is ``P log K`` under a uniform
+    prior, whatever the data, and the ELBO is the distortion's alone to change. An autoregressive prior
+    ``prod_i p(index_i | index_1 ... index_{i-1})``, a causal transformer, learns which indices go together and lowers
+    the rate; none of its gradient reaches codes or encoder. It starts as the uniform one.
 
     Sites: latent ``z``, whose value is the codes themselves, event shape (P depth, code_dim); observed ``x`` with event
-    shape (data_dim,), plate ``data`` at dim -1. Densities are of the index that a value stands for (masses, in nats), and
-    minus infinity for a value that is no code. The decoder is given each position's sum over depth.
+    shape (data_dim,), plate ``data`` at dim -1. Densities are of the index that a value stands for (masses, in nats),
+    and minus infinity for a value that is no code. The decoder is given each position's sum over depth.
 
-    Parameters: ``decoder.*``, ``encoder.*`` (see the network), ``codebook.*`` (see the quantizer), of both model and guide;
-    ``prior.embedding``, ``prior.positions``, ``prior.start``, ``prior.blocks.<i>.*``, ``prior.norm.*`` and
+    Parameters: ``decoder.*``, ``encoder.*`` (see the network), ``codebook.*`` (see the quantizer), of both model and
+    guide; ``prior.embedding``, ``prior.positions``, ``prior.start``, ``prior.blocks.<i>.*``, ``prior.norm.*`` and
     ``prior.head.*`` under an autoregressive prior; ``likelihood.*`` where it has any.
 
     Shapes: x (B, data_dim), z (B, P depth, code_dim), or with (K, B) in front under an outer plate of particles.
@@ -55,9 +55,9 @@ class VQVAE(Spec):
 
     Raises: InvalidArgument, also for ``num_latents`` that a ``FullyConv`` network does not have.
 
-    Limits: train with ``StraightThrough()``; other gradient estimators refuse it. The guide puts no mass on other codes,
-    so importance samples are all equal: ``evaluate`` gives ``-ELBO``, an upper bound on the negative log-likelihood. With one
-    code the rate is 0 and the decoder sees a constant.
+    Limits: train with ``StraightThrough()``; other gradient estimators refuse it. The guide puts no mass on other
+    codes, so importance samples are all equal: ``evaluate`` gives ``-ELBO``, an upper bound on the negative
+    log-likelihood. With one code the rate is 0 and the decoder sees a constant.
 
     References: van den Oord, Vinyals & Kavukcuoglu 2017, Neural discrete representation learning, arXiv 1711.00937.
 
@@ -114,8 +114,8 @@ class CodeUsage:
 
     Attributes:
         counts: how often each code was chosen, (depth, num_codes).
-        perplexity: ``exp`` of the entropy of the codes' frequencies, (depth,): num_codes where all are used alike, 1 where
-            one is.
+        perplexity: ``exp`` of the entropy of the codes' frequencies, (depth,): num_codes where all are used alike,
+            1 where one is.
         used, dead: how many codes were chosen at all, and how many never, (depth,).
     """
 
@@ -140,18 +140,19 @@ def code_usage(program: Any, data: Any, batch_size: int = 256) -> CodeUsage:
         raise must("program", "be one of a VQVAE", type(spec).__name__, "Build it with VQVAE(...).numpyro() or .pyro()")
     (x,) = prepare(program, data)
     codes = spec.quantizer.table(program.weights or {})
-    counts = np.zeros(codes.shape[:2], int)
+    depth, num_codes, code_dim = codes.shape
+    counts = np.zeros((depth, num_codes), int)
     for start in range(0, len(x), batch_size):
         rows = np.arange(start, min(start + batch_size, len(x)))
         z = program.apply(_codes, (x[np.resize(rows, min(batch_size, len(x)))],))[0, : len(rows)]  # one shape
-        split = z.reshape(-1, *codes.shape[::2])
+        split = z.reshape(-1, depth, code_dim)
         for d, book in enumerate(codes):
             distance = (book**2).sum(-1) - 2 * split[:, d] @ book.T
-            counts[d] += np.bincount(distance.argmin(-1), minlength=len(book))
+            counts[d] += np.bincount(distance.argmin(-1), minlength=num_codes)
     share = counts / counts.sum(-1, keepdims=True)
     entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum(-1)
     used = (counts > 0).sum(-1)
-    return CodeUsage(counts, np.exp(entropy), used, counts.shape[1] - used)
+    return CodeUsage(counts, np.exp(entropy), used, num_codes - used)
 
 
 def _codes(terms: Terms) -> Any:
