@@ -19,6 +19,7 @@ from elbozoo.zoo import (
     VAE,
     VQVAE,
     Codebook,
+    DiscretizedLogistic,
     FiniteScalar,
     FullyConv,
     Quantizer,
@@ -545,6 +546,18 @@ def test_latents_that_the_places_do_not_divide(engine: str) -> None:
     vae = VAE(16, 3, FullyConv((1, 4, 4), (3,)))
     with pytest.raises(InvalidArgument, match="must be a multiple of its 4 places; got"):
         fit(getattr(vae, engine)(), np.zeros((4, 16)), epochs=1, progress=False)
+
+
+def test_on_the_command_line() -> None:
+    """The data have levels, which are not the grid's."""
+    from elbozoo import options
+
+    chosen = {"objective": "elbo", "gradient": "straight-through", "shape": (), "network": "fully-conv"}
+    chosen |= {"quantizer": "finite-scalar", "likelihood": "discretized-logistic", "num_latents": 49}
+    facts = {"data_dim": 784, "image_shape": (1, 28, 28), "levels": 256}
+    spec, objective, _ = options.assemble(VQVAE, chosen, facts)
+    assert spec == VQVAE(784, 49, FullyConv(), FiniteScalar(), DiscretizedLogistic(256))
+    assert objective == ELBO(gradient=StraightThrough())
 
 
 def test_config_round_trip() -> None:
