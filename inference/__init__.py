@@ -10,7 +10,17 @@ from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate, GumbelSoft
 from elbozoo.inference.errors import CorruptFile, ElbozooError, InvalidArgument, NonFinite, Refused
 from elbozoo.inference.evaluation import Evaluation, evaluate
 from elbozoo.inference.exact import exact_log_lik
-from elbozoo.inference.gradients import RWS, STL, VIMCO, Covariance, DReG, GradientEstimator, Pathwise, ScoreFunction
+from elbozoo.inference.gradients import (
+    NVIL,
+    RWS,
+    STL,
+    VIMCO,
+    Covariance,
+    DReG,
+    GradientEstimator,
+    Pathwise,
+    ScoreFunction,
+)
 from elbozoo.inference.ground_truth import GroundTruth, ground_truth
 from elbozoo.inference.information import Bottleneck, bottleneck
 from elbozoo.inference.minima import Course, LocalMinima, local_minima
@@ -30,6 +40,7 @@ __all__ = [
     "ELBO",
     "IWAE",
     "MIWAE",
+    "NVIL",
     "PIWAE",
     "PPCA",
     "REBAR",

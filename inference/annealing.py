@@ -14,7 +14,7 @@ from jaxtyping import Float
 from rich.progress import Progress
 
 from elbozoo.inference.arrays import logsumexp, standard_error
-from elbozoo.inference.data import prepare
+from elbozoo.inference.data import prepare_to_measure
 from elbozoo.inference.errors import NonFinite
 from elbozoo.inference.evaluation import call_seed, call_size, log_mean_variance
 from elbozoo.inference.parts import number, one_of, whole_number
@@ -136,7 +136,7 @@ def annealed_importance_sampling(
         2016 (arXiv 1611.04273), whose settings are ``WU_2016``.
     """
     settings = _Settings(num_temperatures, num_chains, num_leapfrog, start, target_acceptance, seed)
-    began, arrays = time.perf_counter(), prepare(program, data)
+    began, arrays = time.perf_counter(), prepare_to_measure(program, data)
     batch, _ = call_size(arrays, num_chains, program.local_to, memory_limit)
     found: list[dict[str, Any]] = []
     with Progress(disable=not progress, transient=True) as bar:
@@ -203,7 +203,7 @@ def bracket(
         (arXiv 1611.04273).
     """
     settings = _Settings(num_temperatures, num_chains, num_leapfrog, start, target_acceptance, seed)
-    began, like = time.perf_counter(), prepare(program, data)
+    began, like = time.perf_counter(), prepare_to_measure(program, data)
     batch, _ = call_size(like, num_chains, memory_limit=memory_limit)
     where = places(program, like, observed, call_seed(seed, _DATA, 0), "bracket")
     drawn, arrays = simulate(program, like, where, call_seed(seed, _DATA, 1))

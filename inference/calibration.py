@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy.special import chdtrc, ndtri
 
-from elbozoo.inference.data import prepare
+from elbozoo.inference.data import prepare_to_measure
 from elbozoo.inference.errors import NonFinite, must
 from elbozoo.inference.evaluation import call_seed, call_size, check_plate
 from elbozoo.inference.parts import whole_number
@@ -226,7 +226,7 @@ def calibrate(
     whole_number("num_simulations", num_simulations, least=2)
     whole_number("num_draws", num_draws, least=2)
     whole_number("seed", seed, least=0)
-    arrays = prepare(program, data)
+    arrays = prepare_to_measure(program, data)
     where = places(program, arrays, observed, call_seed(seed, _SHAPES, 0), "calibrate")
     parts: dict[str, list[np.ndarray]] = {}
     rng = np.random.default_rng([seed, _TIES])

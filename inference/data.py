@@ -42,6 +42,17 @@ def prepare(program: Any, data: Any, binarize: Binarize = "none", check: bool = 
     return (x, *rest)
 
 
+def prepare_to_measure(program: Any, data: Any) -> tuple[np.ndarray, ...]:
+    """:func:`prepare`, for an instrument that takes the program for a distribution of data.
+
+    Raises: InvalidArgument where it is not one (its spec says so), besides what ``prepare`` raises.
+    """
+    if not getattr(program.spec, "generative", True):
+        todo = "Read the reconstruction off the history of training, or use VAE"
+        raise must("program", "have a prior, to be measured as a distribution of data", program.spec, todo)
+    return prepare(program, data)
+
+
 def _arrays(data: Any) -> tuple[np.ndarray, ...]:
     """The arrays of ``data``, refused unless they are finite numbers, as many rows in each."""
     given = data if isinstance(data, tuple) else (data,)

@@ -263,18 +263,19 @@ class REBAR(DiscreteEstimator):
 
     Args:
         temperature: τ of the relaxation, a number or a function of the step.
-        scale: η, fixed (the paper adapts η and τ to the variance); 0 is the score function without a baseline.
+        eta: η, weight of the control variate, fixed (the paper adapts η and τ to the variance); 0 is the score function
+            without a baseline.
 
     Limits: Bernoulli and OneHotCategorical sites; costs two more passes a site.
     References: Tucker et al. 2017 (arXiv 1703.07370), eq. 3, and appendix for categorical sites.
     """
 
     temperature: float | Callable[[Any], Any] = 0.5
-    scale: float = 1.0
+    eta: float = 1.0
 
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
-        number("scale", self.scale, lambda v: v >= 0, "be finite and at least 0", "The paper begins with 1")
+        number("eta", self.eta, lambda v: v >= 0, "be finite and at least 0", "The paper begins with 1")
 
     @property
     def uses_step(self) -> bool:
@@ -292,10 +293,10 @@ class REBAR(DiscreteEstimator):
             relax = partial(self._relax, name, _before(terms, name), temperature)
             free = terms.again(relax)
             tied = terms.again(relax, given=free.kept)
-            baseline = self.scale * control(tied)
+            baseline = self.eta * control(tied)
             signal = value - stop_gradient(baseline)
             total = total + (signal * _score(terms.sites[name])).sum(axis=0)
-            total = total + (self.scale * control(free) - baseline).sum(axis=0)
+            total = total + (self.eta * control(free) - baseline).sum(axis=0)
         return total
 
     def _relax(self, name: str, before: frozenset[str], temperature: Any, draw: Draw) -> Choice:
@@ -388,13 +389,14 @@ class Enumerate(DiscreteEstimator):
         if not bound.linear:
             todo = "Use ELBO, or VIMCO(), or leave the site out of the guide and mark it to be enumerated in the model"
             raise must("bound under Enumerate", "be the ELBO", type(bound).__name__, todo, Refused)
-        _states(terms)
+        joint_states(_enumerated(terms), f"the guide under {type(self).__name__}")
 
     def value(self, bound: Bound, terms: Terms) -> PerDatum:
         return stop_gradient(self.surrogate(bound, terms))
 
     def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
-        states, num_particles = _states(terms), terms.num_particles
+        sites, num_particles = _enumerated(terms), terms.num_particles
+        states = joint_states(sites, f"the guide under {type(self).__name__}")
         num_states = len(next(iter(states.values())))
         given = {n: np.tile(s, (num_particles,) + (1,) * (s.ndim - 1)) for n, s in states.items()}
         every = terms.again(_given, given, repeat=num_states)
@@ -413,23 +415,31 @@ def _given(draw: Draw) -> Choice:
     return Choice(0 * draw.drawn + state)
 
 
-def _states(terms: Terms) -> Mapping[str, np.ndarray]:
-    """Every joint state of the discrete sites, ``(states, *event)`` by site, whole numbers.
+def _enumerated(terms: Terms) -> dict[str, Site]:
+    """The sites whose states are summed over."""
+    return {n: terms.sites[n] for n in _discrete(terms)}
+
+
+def joint_states(sites: Mapping[str, Site], whose: str) -> Mapping[str, np.ndarray]:
+    """Every joint state of discrete sites, ``(states, *event)`` by site, whole numbers.
+
+    Args:
+        sites: of which the family, the event's shape and the number of classes count.
+        whose: what has these sites, for the error.
 
     Raises: Refused where there are too many.
     """
-    each = {n: _entries(terms.sites[n]) for n in _discrete(terms)}
-    entries = {n: count for n, (count, _) in each.items()}
-    total = math.prod(len(choices) ** entries[n] for n, (_, choices) in each.items())
+    each = {n: _entries(site) for n, site in sites.items()}
+    total = math.prod(len(choices) ** count for count, choices in each.values())
     if total > MOST_STATES:
         todo = "Use gradient=VIMCO(), or DisARM() for Bernoulli sites"
-        raise must("the guide under Enumerate", f"have at most {MOST_STATES} joint states", total, todo, Refused)
+        raise must(whose, f"have at most {MOST_STATES} joint states", total, todo, Refused)
     pools = [choices for count, choices in each.values() for _ in range(count)]
     joint = list(itertools.product(*(range(len(pool)) for pool in pools)))
     out, start = {}, 0
     for name, (count, choices) in each.items():
         index = np.array(joint)[:, start : start + count]
-        out[name], start = choices[index].reshape((len(joint), *terms.sites[name].event_shape)), start + count
+        out[name], start = choices[index].reshape((len(joint), *sites[name].event_shape)), start + count
     return out
 
 

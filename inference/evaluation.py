@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from elbozoo.inference.data import prepare
+from elbozoo.inference.data import prepare_to_measure
 from elbozoo.inference.errors import NonFinite, must
 from elbozoo.inference.parts import whole_number
 from elbozoo.inference.psis import LARGE_K, largest, pareto_k_from_tail, tail_size
@@ -425,7 +425,7 @@ def evaluate(
     if batch_size is not None:
         whole_number("batch_size", batch_size)
     began = time.perf_counter()
-    arrays = prepare(program, data)
+    arrays = prepare_to_measure(program, data)
     batch_size = batch_size or getattr(program, "local_to", None)  # a guide for these data takes them all at once
     sizes = call_size(arrays, num_particles, batch_size, memory_limit)
     totals = _stream(program, arrays, num_particles, seed, sizes, progress)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from elbozoo.inference.arrays import logsumexp
-from elbozoo.inference.data import prepare
+from elbozoo.inference.data import prepare_to_measure
 from elbozoo.inference.errors import InvalidArgument
 from elbozoo.inference.evaluation import call_size
 from elbozoo.inference.latents import check_one_weight_a_datum
@@ -31,7 +31,7 @@ def exact_log_lik(program: Any, data: Any, *, max_states: int = MAX_STATES) -> F
     Returns: ``(N,)``, nats, float64; None where there is neither (a continuous latent, too many states).
     Raises: InvalidArgument for bad data, and for a program with discrete latents that data share.
     """
-    arrays = prepare(program, data)
+    arrays = prepare_to_measure(program, data)
     if hasattr(program.spec, "log_prob"):
         with contextlib.suppress(InvalidArgument):  # of the weights, which a frozen program hides
             return np.asarray(program.spec.log_prob(program.weights or {}, arrays[0]), np.float64)

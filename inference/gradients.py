@@ -186,7 +186,7 @@ class ScoreFunction(GradientEstimator):
         pathwise_where_possible: take the pathwise gradient at reparameterised sites; False scores every site.
         baseline: see above.
         decay: of the running mean.
-        hidden: units of the learned baseline.
+        baseline_units: hidden units of the learned baseline.
 
     Raises: InvalidArgument for an unknown baseline; with a learned one, for data that the network cannot read.
     References: Williams 1992; Mnih & Rezende 2016 (arXiv 1602.06725), eqs. 7-10; Kool et al. 2019; Mnih & Gregor 2014
@@ -197,12 +197,12 @@ class ScoreFunction(GradientEstimator):
     pathwise_where_possible: bool = True
     baseline: Baseline = "leave-one-out"
     decay: float = 0.9
-    hidden: int = 100
+    baseline_units: int = 100
 
     def __post_init__(self) -> None:
         one_of("baseline", self.baseline, get_args(Baseline))
         number("decay", self.decay, lambda v: 0 <= v < 1, "lie in [0, 1)", "Pass decay=0.9, say")
-        whole_number("hidden", self.hidden)
+        whole_number("baseline_units", self.baseline_units)
 
     @property
     def allows_analytic_kl(self) -> bool:
@@ -217,9 +217,13 @@ class ScoreFunction(GradientEstimator):
         trained: dict[str, np.ndarray] = {}
         if self.baseline == "learned":
             features = math.prod(np.shape(data)[1:])
-            limit = (6.0 / (features + self.hidden)) ** 0.5
-            weight = np.random.default_rng(0).uniform(-limit, limit, (features, self.hidden))
-            trained = {"weight": weight, "bias": np.zeros(self.hidden), "readout": np.zeros(self.hidden)}
+            limit = (6.0 / (features + self.baseline_units)) ** 0.5
+            weight = np.random.default_rng(0).uniform(-limit, limit, (features, self.baseline_units))
+            trained = {
+                "weight": weight,
+                "bias": np.zeros(self.baseline_units),
+                "readout": np.zeros(self.baseline_units),
+            }
         remembers = self.baseline in ("running-mean", "learned")
         return trained, {"mean": np.zeros(()), "share": np.zeros(())} if remembers else {}
 

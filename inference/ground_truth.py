@@ -20,7 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy.spatial.distance import cdist
 
-from elbozoo.inference.data import prepare
+from elbozoo.inference.data import prepare_to_measure
 from elbozoo.inference.errors import InvalidArgument, NonFinite, must
 from elbozoo.inference.evaluation import call_seed, call_size, check_plate, weigh
 from elbozoo.inference.parts import ENGINES, number, whole_number
@@ -294,7 +294,7 @@ def ground_truth(
     whole_number("oversample", oversample)
     whole_number("seed", seed, least=0)
     began = time.perf_counter()
-    arrays = prepare(program, data)
+    arrays = prepare_to_measure(program, data)
     count = num_draws * num_chains
     guide = _guide(program, arrays, count, count * oversample, seed)
     sampler, engine = _sampler(program, num_warmup, num_draws, num_chains)

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from scipy.special import stdtrit
 
 from elbozoo.inference.arrays import logsumexp, standard_error
-from elbozoo.inference.data import prepare, subset
+from elbozoo.inference.data import prepare_to_measure, subset
 from elbozoo.inference.errors import NonFinite, must
 from elbozoo.inference.evaluation import call_seed, call_size, check_plate, count_active, weigh
 from elbozoo.inference.parts import number, whole_number
@@ -118,7 +118,7 @@ def bottleneck(
     whole_number("num_particles", num_particles, least=2)
     whole_number("seed", seed, least=0)
     number("delta", delta, lambda v: 0 <= v < 1, "lie in [0, 1)", "Pass 0.01, the usual one")
-    arrays = _subset(prepare(program, data), num_data, seed)
+    arrays = _subset(prepare_to_measure(program, data), num_data, seed)
     size = len(arrays[0])
 
     drawn = program.apply(_one_draw, arrays, seed=call_seed(seed, _DRAWS, 0))

@@ -38,6 +38,7 @@ from numpyro.primitives import mutable as mutable_site
 from numpyro.util import check_model_guide_match
 
 from elbozoo.inference.arrays import plates_first
+from elbozoo.inference.discrete import joint_states
 from elbozoo.inference.errors import InvalidArgument, Refused, must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.terms import Choice, Draw, Site, Terms, check_drawn_for, check_made_of, own_parameters
@@ -313,12 +314,31 @@ def _analytic_kl(guide_site: Any, model_site: Any, layout: _Layout) -> dict[str,
     try:
         kl = kl_divergence(q, p)
     except NotImplementedError:
+        kl = _discrete_kl(q, p)
+    if kl is None:
         return {}
     # the KL of a site masked by False is a plain 0.0
     kl = jnp.broadcast_to(kl, jnp.broadcast_shapes(q.batch_shape, p.batch_shape))
     kl = plates_first(_rescale(kl, model_site, layout, factors), kl.ndim - factors, layout.dims)
     factorises = factors or guide_site["fn"].event_dim == 0
     return {"kl": kl.sum(axis=-1)} | ({"kl_terms": kl} if factorises else {})
+
+
+def _discrete_kl(q: Any, p: Any) -> jax.Array | None:
+    """``KL(q || p)`` of two Bernoulli or two categorical distributions, of which NumPyro knows none by their logits."""
+    log_q, log_p = _log_probs(q), _log_probs(p)
+    if log_q is None or log_p is None or _family(q) != _family(p) or log_q.shape[-1] != log_p.shape[-1]:
+        return None
+    possible = log_q > -jnp.inf  # else 0 times inf
+    return (jnp.exp(log_q) * jnp.where(possible, log_q - log_p, 0.0)).sum(axis=-1)
+
+
+def _log_probs(fn: Any) -> Any:
+    """The log probability of every state, in a last dim of their own, where :func:`_logits` knows them; else None."""
+    logits = _logits(fn)
+    if logits is None or _family(fn) != "Bernoulli":
+        return logits
+    return jnp.stack([jax.nn.log_sigmoid(-logits), jax.nn.log_sigmoid(logits)], axis=-1)
 
 
 def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
@@ -374,6 +394,95 @@ def _quantisation_errors(fn: Any, layout: _Layout) -> dict[str, jax.Array]:
     found = getattr(base, "quantisation_errors", ())
     errors = {n: jnp.broadcast_to(e, base.batch_shape if shape is None else shape) for n, e in found}
     return {n: plates_first(e, e.ndim - factors, layout.dims).sum(axis=-1) for n, e in errors.items()}
+
+
+class _Marginal:
+    """In a trace, in place of a site's distribution: what the site adds to a log density with sites summed out."""
+
+    def __init__(self, fn: Any, log_prob: jax.Array):
+        self.event_shape, self.event_dim, self.support = fn.event_shape, fn.event_dim, fn.support
+        self.has_rsample, self.batch_shape, self._log_prob = fn.has_rsample, jnp.shape(log_prob), log_prob
+
+    def log_prob(self, value: Any) -> jax.Array:
+        return self._log_prob
+
+
+def _marginalised(run: Callable[[Params], Any], guide_trace: Any) -> Any:
+    r"""The model's trace with the sites summed out that ``infer={"enumerate": "parallel"}`` marks and no guide draws.
+
+    With ``R_j = log Σ_d p(d) Π_{i ≤ j} p(site_i | d)`` per entry of their plates, site j stands in the trace for
+    ``R_j - R_{j-1}``: these sum to the exact marginal, whatever they are multiplied or averaged with later.
+
+    Args:
+        run: the model's trace with these values at some latent sites.
+
+    Raises: Refused where a later site lies outside of their plates or has a scale of its own, and for too many states.
+    """
+    traced = run({})
+    samples = _samples(traced)
+    names = [n for n, s in samples.items() if _is_summed_out(s) and n not in guide_trace]
+    if not names:
+        return traced
+    later = list(samples)[list(samples).index(names[0]) :]
+    _check_summed_out(samples, names, later)
+    facts = {n: _strip(samples[n]["fn"])[0] for n in names}
+    states = joint_states(
+        {
+            n: Site(guide_family=_family(f), event_shape=samples[n]["fn"].event_shape, num_classes=_num_classes(f))
+            for n, f in facts.items()
+        },
+        "the sites that the model sums out",
+    )
+    plates = {f.dim for f in samples[names[0]]["cond_indep_stack"]}
+
+    def densities(state: Params) -> dict[str, jax.Array]:
+        shapes = {n: jnp.shape(samples[n]["value"]) for n in names}
+        drawn = {
+            n: jnp.broadcast_to(v, shapes[n]).astype(jnp.result_type(samples[n]["value"])) for n, v in state.items()
+        }
+        found = run(drawn)
+        return {n: _sum_outside(found[n]["fn"].log_prob(found[n]["value"]), plates) for n in later}
+
+    each = jax.vmap(densities)({n: jnp.asarray(v) for n, v in states.items()})
+    out, running, before = dict(traced), 0.0, 0.0
+    for name in later:
+        running = running + each[name]
+        total = jax.nn.logsumexp(running, axis=0)
+        if name not in names:
+            out[name] = {**traced[name], "fn": _Marginal(traced[name]["fn"], total - before), "intermediates": None}
+            before = total
+    return {n: s for n, s in out.items() if n not in names}
+
+
+def _is_summed_out(site: Any) -> bool:
+    return not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
+
+
+def _check_summed_out(samples: Mapping[str, Any], names: list[str], later: list[str]) -> None:
+    first = samples[names[0]]
+    for name in names:
+        if _num_classes(_strip(samples[name]["fn"])[0]) == 0:
+            todo = "Draw it in the guide"
+            got = _family(_strip(samples[name]["fn"])[0])
+            raise must(f"site '{name}', marked to be enumerated,", "be Bernoulli or categorical", got, todo, Refused)
+    for name in later:
+        site = samples[name]
+        within = set(first["cond_indep_stack"]) <= set(site["cond_indep_stack"])
+        own = name in names and set(site["cond_indep_stack"]) != set(first["cond_indep_stack"])
+        if not within or own or (site["scale"] is not first["scale"] and site["scale"] != first["scale"]):
+            raise must(
+                f"site '{name}'",
+                f"lie in the plates of '{names[0]}', which is summed out before it, under one scale",
+                "others",
+                "Draw what does not depend on it before it",
+                Refused,
+            )
+
+
+def _sum_outside(log_prob: jax.Array, plates: set[int]) -> jax.Array:
+    """Sum over every dim but the ``plates``, which are counted from the right; the dims stay, of size 1."""
+    dims = tuple(d for d in range(-jnp.ndim(log_prob), 0) if d not in plates)
+    return jnp.sum(log_prob, axis=dims, keepdims=True)
 
 
 def _check_match(model_trace: Any, guide_trace: Any) -> None:
@@ -454,11 +563,18 @@ def particles(
         with handler, control_flow:
             guide_trace = trace(given(seed(guide, guide_seed), guide_params)).get_trace(*args, **kwargs)
         mutable = {n: s["value"] for n, s in guide_trace.items() if s["type"] == "mutable"}
-        bound_model = given(replay(seed(model, model_seed), guide_trace), {**params, **mutable})
-        with _ChecksShapes(guide_trace):
-            model_trace = trace(bound_model).get_trace(*args, **kwargs)
+        model_trace = run_model(replay(seed(model, model_seed), guide_trace), {**params, **mutable}, guide_trace)
         mutable |= {n: s["value"] for n, s in model_trace.items() if s["type"] == "mutable"}
         return model_trace, guide_trace, mutable
+
+    def run_model(replayed: Callable, params: Params, guide_trace: Any) -> Any:
+        """The model's trace, without the sites that are summed out of it."""
+
+        def run(states: Params) -> Any:
+            with _ChecksShapes(guide_trace):
+                return trace(substitute(given(replayed, params), data=states)).get_trace(*args, **kwargs)
+
+        return _marginalised(run, guide_trace)
 
     def first(key: jax.Array, values: Mapping[str, jax.Array] | None = None) -> dict[str, Any]:
         model_trace, guide_trace, mutable = traces(key, params, values)
@@ -494,9 +610,7 @@ def particles(
         with validation_enabled(False):  # a relaxed value lies between the states
             with chooser:
                 guide_trace = trace(given(seed(guide, guide_seed), params)).get_trace(*args, **kwargs)
-            bound_model = given(replay(seed(model, model_seed), guide_trace), params)
-            with _ChecksShapes(guide_trace):
-                model_trace = trace(bound_model).get_trace(*args, **kwargs)
+            model_trace = run_model(replay(seed(model, model_seed), guide_trace), params, guide_trace)
             arrays = _site_arrays(guide_trace, model_trace, layout, analytic_kl)
         values = {n: s["value"] for n, s in _samples(guide_trace).items() if not s["is_observed"]}
         kept = {n: dict(c.kept) for n, c in chooser.choices.items()}

@@ -12,7 +12,7 @@ import xarray
 
 from elbozoo._version import __version__
 from elbozoo.inference.arrays import logsumexp, softmax
-from elbozoo.inference.data import prepare
+from elbozoo.inference.data import prepare_to_measure
 from elbozoo.inference.errors import NonFinite, must
 from elbozoo.inference.evaluation import call_seed, call_size, check_plate, weigh
 from elbozoo.inference.parts import whole_number
@@ -83,7 +83,7 @@ def to_arviz(
     """
     whole_number("num_draws", num_draws)
     whole_number("seed", seed, least=0)
-    arrays = prepare(program, data)
+    arrays = prepare_to_measure(program, data)
     _, chunk = call_size(arrays, num_draws, len(arrays[0]))
 
     def ancestral(size: int, seed: int) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import kl_divergence, transform_to
 
 from elbozoo.inference.arrays import plates_first
-from elbozoo.inference.errors import InvalidArgument, must
+from elbozoo.inference.discrete import joint_states
+from elbozoo.inference.errors import InvalidArgument, Refused, must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.terms import Choice, Draw, Site, Terms, check_drawn_for, check_made_of, own_parameters
 from elbozoo.inference.weights import check_names
@@ -209,6 +210,108 @@ def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
     return False
 
 
+class _Marginal:
+    """In a trace, in place of a site's distribution: what the site adds to a log density with sites summed out."""
+
+    def __init__(self, fn: Any, log_prob: torch.Tensor):
+        self.event_shape, self.event_dim, self.support = fn.event_shape, fn.event_dim, getattr(fn, "support", None)
+        self.has_rsample, self.batch_shape, self._log_prob = fn.has_rsample, log_prob.shape, log_prob
+
+    def log_prob(self, value: Any) -> torch.Tensor:
+        return self._log_prob
+
+
+def _marginalised(
+    traced: Any, model: Callable, args: tuple, kwargs: Mapping[str, Any], given: Mapping[str, Any], guide_trace: Any
+) -> Any:
+    r"""The model's trace with the sites summed out that ``infer={"enumerate": "parallel"}`` marks and no guide draws.
+
+    With ``R_j = log Σ_d p(d) Π_{i ≤ j} p(site_i | d)`` per entry of their plates, site j stands in the trace for
+    ``R_j - R_{j-1}``: these sum to the exact marginal, whatever they are multiplied or averaged with later.
+
+    Raises: Refused where a later site lies outside of their plates or has a scale of its own, and for too many states.
+    """
+    samples = _samples(traced)
+    names = [n for n, s in samples.items() if _is_summed_out(s) and n not in guide_trace.nodes]
+    if not names:
+        return traced
+    later = list(samples)[list(samples).index(names[0]) :]
+    _check_summed_out(samples, names, later)
+    facts = {n: _strip(samples[n]["fn"])[0] for n in names}
+    states = joint_states(
+        {
+            n: Site(
+                guide_family=type(f).__name__,
+                event_shape=tuple(samples[n]["fn"].event_shape),
+                num_classes=_num_classes(f),
+            )
+            for n, f in facts.items()
+        },
+        "the sites that the model sums out",
+    )
+    plates = {f.dim for f in samples[names[0]]["cond_indep_stack"] if f.vectorized}
+
+    def densities(index: int) -> dict[str, torch.Tensor]:
+        drawn = {n: torch.zeros_like(samples[n]["value"]) + torch.as_tensor(v[index]) for n, v in states.items()}
+        drawn = {n: v.to(samples[n]["value"]) for n, v in drawn.items()}
+        with poutine.block(), kept_buffers(owners(model)), _Replay({**given, **drawn}):
+            found = _samples(poutine.trace(model).get_trace(*args, **kwargs))
+        return {n: _sum_outside(_masked_log_prob(found[n]), plates) for n in later}
+
+    each = [densities(index) for index in range(len(next(iter(states.values()))))]
+    out = traced.copy()
+    running, before = torch.zeros(()), torch.zeros(())
+    for name in later:
+        running = running + torch.stack(torch.broadcast_tensors(*(state[name] for state in each)))
+        if name in names:
+            out.remove_node(name)
+            continue
+        total = running.logsumexp(dim=0)
+        out.nodes[name] = {**traced.nodes[name], "fn": _Marginal(traced.nodes[name]["fn"], total - before)}
+        before = total
+    return out
+
+
+def _is_summed_out(site: Any) -> bool:
+    return not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
+
+
+def _check_summed_out(samples: Mapping[str, Any], names: list[str], later: list[str]) -> None:
+    first = samples[names[0]]
+    for name in names:
+        base = _strip(samples[name]["fn"])[0]
+        if _num_classes(base) == 0:
+            todo, got = "Draw it in the guide", type(base).__name__
+            raise must(f"site '{name}', marked to be enumerated,", "be Bernoulli or categorical", got, todo, Refused)
+    for name in later:
+        site = samples[name]
+        within = set(first["cond_indep_stack"]) <= set(site["cond_indep_stack"])
+        own = name in names and set(site["cond_indep_stack"]) != set(first["cond_indep_stack"])
+        scales = site["scale"], first["scale"]
+        other = scales[0] is not scales[1] and any(isinstance(s, torch.Tensor) or s != scales[0] for s in scales)
+        if not within or own or other:
+            raise must(
+                f"site '{name}'",
+                f"lie in the plates of '{names[0]}', which is summed out before it, under one scale",
+                "others",
+                "Draw what does not depend on it before it",
+                Refused,
+            )
+
+
+def _masked_log_prob(site: Any) -> torch.Tensor:
+    log_prob = site["fn"].log_prob(site["value"])
+    if site["mask"] is None:
+        return log_prob
+    return torch.where(torch.as_tensor(site["mask"]), log_prob, log_prob.new_zeros(()))
+
+
+def _sum_outside(log_prob: torch.Tensor, plates: set[int]) -> torch.Tensor:
+    """Sum over every dim but the ``plates``, which are counted from the right; the dims stay, of size 1."""
+    dims = [d for d in range(-log_prob.dim(), 0) if d not in plates]
+    return log_prob.sum(dim=dims, keepdim=True) if dims else log_prob
+
+
 def _check_match(model_trace: Any, guide_trace: Any) -> None:
     model, guide = _samples(model_trace), _samples(guide_trace)
     for name, site in model.items():
@@ -377,6 +480,7 @@ def _run(
     aliases = {n: v.view_as(v) for n, v in values.items()}
     with _Replay({**drawn, **aliases}):
         model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+    model_trace = _marginalised(model_trace, model, args, kwargs, {**drawn, **aliases}, guide_trace)
     _check_match(model_trace, guide_trace)
     return _Run(guide_trace, model_trace, values, aliases, drawn, rng)
 
@@ -486,8 +590,10 @@ def particles(
             with chooser, _Replay(run.subsamples):
                 guide_trace = poutine.trace(pair[1]).get_trace(*args, **kwargs)
             values = {n: s["value"] for n, s in _samples(guide_trace).items() if not s["is_observed"]}
-            with _Replay({**run.subsamples, **values}):
+            given = {**run.subsamples, **values}
+            with _Replay(given):
                 model_trace = poutine.trace(pair[0]).get_trace(*args, **kwargs)
+            model_trace = _marginalised(model_trace, pair[0], args, kwargs, given, guide_trace)
         return replace(run, guide_trace=guide_trace, model_trace=model_trace, values=values), chooser.choices
 
     def chosen(out: list[tuple[_Run, dict[str, Choice]]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from elbozoo.inference.annealing import annealed_importance_sampling
 from elbozoo.inference.arrays import cos, standard_error
-from elbozoo.inference.data import prepare, subset
+from elbozoo.inference.data import prepare_to_measure, subset
 from elbozoo.inference.evaluation import evaluate
 from elbozoo.inference.exact import exact_log_lik
 from elbozoo.inference.gradients import STL
@@ -114,7 +114,7 @@ def gaps(
     whole_number("seed", seed, least=0)
     if num_data is not None:
         whole_number("num_data", num_data)
-    arrays = subset(prepare(program, data), num_data, seed)
+    arrays = subset(prepare_to_measure(program, data), num_data, seed)
     outline = program.outline(arrays)
     check_one_weight_a_datum(outline, len(arrays[0]))
 
@@ -168,7 +168,7 @@ def optimise_guide(
     """
     whole_number("num_steps", num_steps)
     whole_number("seed", seed, least=0)
-    arrays = prepare(program, data)
+    arrays = prepare_to_measure(program, data)
     check_one_weight_a_datum(program.outline(arrays), len(arrays[0]))
     best = _optimised(program.localised(arrays), arrays, num_steps, seed, progress)
     if full_covariance:

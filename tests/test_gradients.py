@@ -99,7 +99,7 @@ _SCORED = [
     Row(Beta(IWAE(2, MIXED), 0.5), oracles.iwae, 2, beta=0.5),
     Row(ELBO(gradient=ScoreFunction(baseline="none")), oracles.elbo, 1),
     Row(IWAE(2, ScoreFunction(baseline="running-mean")), oracles.iwae, 2),
-    Row(IWAE(2, NVIL(hidden=3)), oracles.iwae, 2),
+    Row(IWAE(2, NVIL(baseline_units=3)), oracles.iwae, 2),
 ]
 _BERNOULLI = [
     Row(ELBO(gradient=DisARM()), oracles.elbo, 1),

@@ -148,18 +148,28 @@ def coefficients(shape: tuple[int, ...], seed: int) -> Any:
     return torch.tensor(array)
 
 
+def is_point(site: dict) -> bool:
+    """Whether a point mass was drawn from, whose value is the form's own: it moves with the parameters."""
+    return site["type"] == "sample" and type(getattr(site["fn"], "base_dist", site["fn"])).__name__ == "Delta"
+
+
 def pyro_side(spec: Spec, weights: dict) -> tuple[dict, dict, dict, np.ndarray]:
     """Draw data and latents, score them: (log densities by role and site, gradients, latents, data)."""
     program = spec.pyro().with_weights(weights)
     with torch.no_grad():
-        x = program.model(size=BATCH)
+        x = program.model(size=BATCH) if spec.generative else torch.rand(BATCH, spec.data_dim).round()
         drawn = poutine.trace(in_plate(pyro, program.guide, x)).get_trace()
-    values = {name: drawn.nodes[name]["value"] for name in drawn.stochastic_nodes if name not in ("data", "particles")}
-    log_probs = {}
-    for role in ("model", "guide"):
+    values = {
+        name: drawn.nodes[name]["value"]
+        for name in drawn.stochastic_nodes
+        if name not in ("data", "particles") and not is_point(drawn.nodes[name])
+    }
+    log_probs, points = {}, {}
+    for role in ("guide", "model"):
         form = in_plate(pyro, getattr(program, role), x)
-        trace = poutine.trace(poutine.condition(form, data=values)).get_trace()
+        trace = poutine.trace(poutine.condition(form, data=values | points)).get_trace()
         trace.compute_log_prob()
+        points |= {name: site["value"] for name, site in trace.nodes.items() if role == "guide" and is_point(site)}
         sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample" and "log_prob" in site}
         log_probs |= {(role, n): s["unscaled_log_prob"] for n, s in sites.items() if n not in ("data", "particles")}
     weigh(log_probs).backward()
@@ -189,11 +199,12 @@ def numpyro_side(spec: Spec, weights: dict, latents: dict, x: np.ndarray) -> tup
     params = from_torch_layout(weights, template(program, x))
 
     def score(params: dict) -> tuple[Any, dict]:
-        log_probs = {}
-        for role in ("model", "guide"):
+        log_probs, points = {}, {}
+        for role in ("guide", "model"):
             form = in_plate(numpyro, getattr(program, role), x)
-            form = handlers.substitute(handlers.seed(form, 0), data={**params, **latents})
+            form = handlers.substitute(handlers.seed(form, 0), data={**params, **latents, **points})
             trace = handlers.trace(form).get_trace()
+            points |= {name: site["value"] for name, site in trace.items() if role == "guide" and is_point(site)}
             sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
             log_probs |= {(role, name): site["fn"].log_prob(site["value"]) for name, site in sites.items()}
         return sum(

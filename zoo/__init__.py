@@ -3,6 +3,8 @@
 if __name__ == "zoo":
     raise ImportError("zoo must be a part of elbozoo; got the bare name. Write `import elbozoo.zoo`.")
 
+from elbozoo.zoo.autoencoder import Autoencoder
+from elbozoo.zoo.categorical_vae import CategoricalVAE
 from elbozoo.zoo.deep_hierarchical_vae import DeepHierarchicalVAE
 from elbozoo.zoo.hierarchical_vae import HierarchicalVAE
 from elbozoo.zoo.ladder_vae import LadderVAE
@@ -18,6 +20,7 @@ from elbozoo.zoo.linear_vae import LinearVAE
 from elbozoo.zoo.networks import MLP, Conv, FullyConv, Network
 from elbozoo.zoo.priors import FlowPrior, MixturePrior, Prior, StandardNormal, VampPrior
 from elbozoo.zoo.quantizers import Codebook, FiniteScalar, Quantizer, Residual
+from elbozoo.zoo.sigmoid_belief_net import SigmoidBeliefNet
 from elbozoo.zoo.spec import Spec
 from elbozoo.zoo.vae import VAE
 from elbozoo.zoo.vqvae import VQVAE, CodeUsage, code_usage
@@ -26,8 +29,10 @@ __all__ = [
     "MLP",
     "VAE",
     "VQVAE",
+    "Autoencoder",
     "AutoregressiveBernoulli",
     "Bernoulli",
+    "CategoricalVAE",
     "CodeUsage",
     "Codebook",
     "ContinuousBernoulli",
@@ -47,6 +52,7 @@ __all__ = [
     "Prior",
     "Quantizer",
     "Residual",
+    "SigmoidBeliefNet",
     "Spec",
     "StandardNormal",
     "VampPrior",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,9 @@ class Spec(Part):
     forms: classes ``Model(spec, name)`` and ``Guide(spec, model, name)`` with the same methods in one order. A guide
     is given its model because some share the generative path (a ladder) or climb its density (semi-amortised).
     """
+
+    generative: ClassVar[bool] = True
+    """Whether the model is a distribution of data: else there is nothing to draw from, and no likelihood to evaluate."""
 
     def pyro(self, name: str = "") -> elbozoo.inference.pyro_engine.Program:
         """The program in Pyro: ``.model`` and ``.guide`` are PyroModules.

@@ -112,12 +112,13 @@ class AutoregressiveLogits(TorchDistribution):
         with torch.no_grad():
             shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
             logits, noise = self.logits.expand(shape), torch.rand(shape, dtype=self.logits.dtype).to(self.logits.device)
-            x, total = torch.zeros_like(noise), self.bias.expand(*shape[:-1], -1).clone()
-            for i in range(shape[-1]):
-                conditional = logits[..., i] + x @ self.direct[i] + total.tanh() @ self.readout[i]
-                x[..., i] = (noise[..., i] < conditional.sigmoid()).to(noise.dtype)
-                total = total + x[..., i, None] * self.hidden[:, i]
-            return x
+            total, entries = self.bias.expand(*shape[:-1], -1), []
+            for i in range(shape[-1]):  # nothing in place: a traced step takes out draws that it has no use for
+                conditional = logits[..., i] + total.tanh() @ self.readout[i]
+                entries.append((noise[..., i] < conditional.sigmoid()).to(noise.dtype))
+                logits = logits + entries[-1][..., None] * self.direct[:, i]
+                total = total + entries[-1][..., None] * self.hidden[:, i]
+            return torch.stack(entries, -1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:

@@ -1,0 +1,499 @@
+"""Discrete sites: estimators that follow the gradient of no bound of the discrete model against their own definitions,
+what is refused, what is reported, and whether a guide gets away from a bad start.
+
+Definitions are worked out in NumPy: enumeration for states, Gauss–Legendre quadrature for the noise of relaxations.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracles
+import pytest
+from oracles import BINARY_LAYERS, DISCRETE, ONE_SITE, Nodes, Params, Toy, bernoulli, normal
+from scipy.special import expit
+
+from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate, GumbelSoftmax
+from elbozoo.inference.errors import InvalidArgument, Refused
+from elbozoo.inference.gradients import NVIL, RWS, VIMCO, Covariance, ScoreFunction
+from elbozoo.inference.objectives import ELBO, IWAE, TVO
+
+DRAWS = 200_000
+SIGMAS = 4.5
+TOY = BINARY_LAYERS
+STATES = np.array([0.0, 1.0])
+NODES = {1: 10, 2: 4}
+"""Nodes in each piece of the noise of one site, by K."""
+
+
+def close(found: dict[str, tuple[float, float]], want: Params, limit: float = 0.04) -> None:
+    """Every component within its standard errors, and small enough errors to see a bias of ``limit`` of the norm."""
+    norm = np.linalg.norm(list(want.values()))
+    for name, exactly in want.items():
+        mean, error = found[name]
+        assert abs(mean - exactly) < SIGMAS * error + 1e-7, f"{name}: {mean} ± {error}, exactly {exactly}"
+        assert SIGMAS * error < limit * norm, f"{name}: no power, ± {error} for a gradient of norm {norm}"
+
+
+# --- the toy, long-hand -------------------------------------------------------------------------------------------
+
+
+def log_guide(p: Params, b1: Any, b2: Any) -> np.ndarray:
+    return bernoulli(b1, p["qa"]) + bernoulli(b2, p["qb"] + p["qc"] * b1)
+
+
+def log_joint(p: Params, b1: Any, b2: Any) -> np.ndarray:
+    log_prior = bernoulli(b2, p["m"]) + bernoulli(b1, p["u0"] + p["u1"] * b2)
+    return log_prior + normal(TOY.x, p["w0"] + p["w1"] * b1 + p["w2"] * b1 * b2, np.exp(p["s"]))
+
+
+def states(num_particles: int) -> tuple[np.ndarray, np.ndarray]:
+    """``b1, b2`` of every combination of particles: ``(num_particles, combinations)`` each."""
+    each = np.array(list(itertools.product(itertools.product(STATES, STATES), repeat=num_particles)))
+    return each[:, :, 0].T, each[:, :, 1].T
+
+
+# --- relaxations: the gradient of the relaxed program -------------------------------------------------------------
+
+
+def relaxed_nodes(temperature: float, hard: bool) -> Any:
+    """Nodes of the relaxed toy. Straight-through values are ``y + (b - y)``, whose last part does not move."""
+
+    def values(p: Params, logistic: list[np.ndarray], moved: list[np.ndarray] | None) -> list[np.ndarray]:
+        y1 = expit((p["qa"] + logistic[0]) / temperature)
+        b1 = y1 if moved is None else y1 + moved[0]
+        y2 = expit((p["qb"] + p["qc"] * b1 + logistic[1]) / temperature)
+        return [b1, y2 if moved is None else y2 + moved[1]]
+
+    def nodes(p: Params, q: Params, num: int) -> Nodes:
+        grid = gauss_legendre(num)
+        (u1, u2), weight = oracles.product(grid, grid)
+        logistic = [np.log(u) - np.log1p(-u) for u in (u1, u2)]
+        moved = None
+        if hard:
+            at = TOY.params
+            y1 = expit((at["qa"] + logistic[0]) / temperature)
+            first = np.round(y1) - y1
+            y2 = expit((at["qb"] + at["qc"] * np.round(y1) + logistic[1]) / temperature)
+            moved = [first, np.round(y2) - y2]
+        b1, b2 = values(p, logistic, moved)
+        log_lik = normal(TOY.x, p["w0"] + p["w1"] * b1 + p["w2"] * b1 * b2, np.exp(p["s"]))
+        return Nodes(weight, log_lik, log_guide(q, b1, b2) - (log_joint(p, b1, b2) - log_lik))
+
+    return nodes
+
+
+def gauss_legendre(num: int) -> tuple[np.ndarray, np.ndarray]:
+    """On (0, 1), in pieces that end where the toy's states change, so that rounding leaves each piece smooth."""
+    p = TOY.params
+    ends = sorted({0.0, 1.0, *(float(expit(-a)) for a in (p["qa"], p["qb"], p["qb"] + p["qc"]))})
+    x, w = np.polynomial.legendre.leggauss(num)
+    pieces = [((b - a) / 2 * x + (a + b) / 2, (b - a) / 2 * w) for a, b in itertools.pairwise(ends)]
+    return np.concatenate([x for x, _ in pieces]), np.concatenate([w for _, w in pieces])
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "straight-through"])
+def test_gumbel_softmax_follows_its_relaxed_program(engine: str, hard: bool) -> None:
+    """And not the discrete model: the bias is plain, and is what the docstring warns of."""
+    temperature = 0.7
+    relaxed = Toy("relaxed", TOY.params, TOY.x, TOY.program, relaxed_nodes(temperature, hard))
+    gradient = GumbelSoftmax(temperature, hard=hard)
+    one, two = oracles.estimates(
+        engine, TOY, [ELBO(gradient=gradient, analytic_kl=False), IWAE(2, gradient)], DRAWS, seed=3
+    )
+    close(one, relaxed.gradient(oracles.elbo, 1, NODES[1], list(TOY.params)))
+    close(two, relaxed.gradient(oracles.iwae, 2, NODES[2], list(TOY.params)))
+    truth = TOY.gradient(oracles.elbo, 1, 1, list(TOY.params))
+    off = max(abs(one[n][0] - truth[n]) / one[n][1] for n in TOY.guide_names)
+    assert off > 20, "its bias should be plain here"
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "straight-through"])
+def test_the_relaxed_quadrature_has_converged(hard: bool) -> None:
+    relaxed = Toy("relaxed", TOY.params, TOY.x, TOY.program, relaxed_nodes(0.7, hard))
+    for bound, num_particles, more in ((oracles.elbo, 1, 5), (oracles.iwae, 2, 2)):
+        num = NODES[num_particles]
+        coarse, finer = (relaxed.gradient(bound, num_particles, n, TOY.guide_names) for n in (num, num + more))
+        assert max(abs(coarse[n] - finer[n]) for n in coarse) < 1e-4
+
+
+# --- gradients of no bound ----------------------------------------------------------------------------------------
+
+
+def held_weights(num_particles: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Every combination of particles: its states, its probability and its log weights, at the toy's parameters."""
+    b1, b2 = states(num_particles)
+    p = TOY.params
+    return b1, b2, np.exp(log_guide(p, b1, b2)).prod(axis=0), log_joint(p, b1, b2) - log_guide(p, b1, b2)
+
+
+@pytest.mark.parametrize(("wake", "sleep"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)])
+def test_reweighted_wake_sleep_follows_its_own_definition(engine: str, wake: float, sleep: float) -> None:
+    """Bornschein & Bengio 2015, eqs. 4, 8, 9, with weights, draws and dreams of fixed parameters, enumerated."""
+    b1, b2, probability, log_weight = held_weights(3)
+    share = np.exp(log_weight - np.logaddexp.reduce(log_weight))
+    c1, c2 = np.meshgrid(STATES, STATES)  # this guide reads no data, so that dreams of data integrate out
+    prior = np.exp(bernoulli(c2, TOY.params["m"]) + bernoulli(c1, TOY.params["u0"] + TOY.params["u1"] * c2))
+
+    def climbed(p: Params) -> float:
+        model = probability @ (share * log_joint(p, b1, b2)).sum(axis=0)
+        guide = probability @ (share * log_guide(p, b1, b2)).sum(axis=0)
+        return model + wake * guide + sleep * (prior * log_guide(p, c1, c2)).sum()
+
+    want = oracles.differentiate(climbed, TOY.params, list(TOY.params))
+    (found,) = oracles.estimates(engine, TOY, [IWAE(3, RWS(wake, sleep))], DRAWS, seed=5)
+    close(found, want)
+
+
+def test_the_sleep_phase_shows_the_guide_what_the_model_dreams(engine: str) -> None:
+    """``E_{p(z, x)}[∂ log q(z | x)]`` by quadrature over the dreamt x, far from the datum that was passed."""
+    at = {"m": 0.4, "w": 2.0, "qa": -0.5, "qb": 0.8}
+
+    def program(lib: Any, p: Any, size: int) -> tuple[Any, Any]:
+        def model(x: Any) -> None:
+            with lib.plate("data", size, dim=-1):
+                z = lib.sample("z", lib.dist.Bernoulli(logits=p("m")))
+                lib.sample("x", lib.dist.Normal(p("w") * z, 1.0), obs=x)
+
+        def guide(x: Any) -> None:
+            with lib.plate("data", size, dim=-1):
+                lib.sample("z", lib.dist.Bernoulli(logits=p("qa") + p("qb") * x))
+
+        return model, guide
+
+    e, weight = oracles.gauss_hermite(40)
+
+    def climbed(p: Params) -> float:
+        dreams = [(expit(at["m"]), 1.0, at["w"] + e), (expit(-at["m"]), 0.0, e)]
+        return sum(prior * weight @ bernoulli(z, p["qa"] + p["qb"] * x) for prior, z, x in dreams)
+
+    toy = Toy("dreams", at, 30.0, program, lambda p, q, num: None)
+    (found,) = oracles.estimates(engine, toy, [IWAE(1, RWS(wake=0.0, sleep=1.0))], DRAWS, seed=8)
+    close({n: found[n] for n in toy.guide_names}, oracles.differentiate(climbed, at, toy.guide_names))
+
+
+def test_the_thermodynamic_covariance_follows_its_own_definition(engine: str) -> None:
+    """Masrani et al. 2019, eq. 12, each expectation by self-normalised weights of fixed parameters, enumerated."""
+    b1, b2, probability, log_weight = held_weights(3)
+    betas = oracles.log_spaced(3, 0.025)
+
+    def climbed(p: Params) -> float:
+        log_p, log_q = log_joint(p, b1, b2), log_guide(p, b1, b2)
+        total = np.zeros(probability.shape)
+        for left, right in itertools.pairwise(betas):
+            w = np.exp(left * log_weight) / np.exp(left * log_weight).sum(axis=0)
+            centred = log_weight - (w * log_weight).sum(axis=0)
+            potential = (1 - left) * log_q + left * log_p
+            total = total + (right - left) * (w * (log_p - log_q + centred * potential)).sum(axis=0)
+        return probability @ total
+
+    want = oracles.differentiate(climbed, TOY.params, list(TOY.params))
+    (found,) = oracles.estimates(engine, TOY, [TVO(3, 3, gradient=Covariance())], DRAWS, seed=6)
+    close(found, want)
+
+
+def test_the_covariance_gradient_is_the_objectives_own_in_the_limit(engine: str) -> None:
+    """With 300 particles it is within 2 % of the derivative of the exact integral's left sum."""
+    b1, b2 = states(1)
+    betas = oracles.log_spaced(3, 0.025)
+
+    def exact(p: Params) -> float:
+        log_p, log_q = log_joint(p, b1, b2)[0], log_guide(p, b1, b2)[0]
+        total = 0.0
+        for left, right in itertools.pairwise(betas):
+            density = np.exp((1 - left) * log_q + left * log_p)
+            total += (right - left) * (density / density.sum()) @ (log_p - log_q)
+        return total
+
+    want = oracles.differentiate(exact, TOY.params, list(TOY.params))
+    (found,) = oracles.estimates(engine, TOY, [TVO(3, 300, gradient=Covariance())], 2000, seed=7)
+    norm = np.linalg.norm(list(want.values()))
+    assert max(abs(found[n][0] - want[n]) for n in want) < 0.02 * norm
+
+
+# --- what is reported ---------------------------------------------------------------------------------------------
+
+
+def losses(engine: str, objective: Any, seeds: int) -> np.ndarray:
+    """The reported bound of one datum of the toy, a seed at a time."""
+    lib = oracles.library(engine)
+    model, guide = TOY.program(lib, lambda n: lib.param(n, lib.array(TOY.params[n])), 1)
+    x = lib.array(np.array([TOY.x]))
+    if engine == "numpyro":
+        import jax
+
+        from elbozoo.inference.numpyro_engine import Loss
+
+        params = {n: lib.array(v) for n, v in TOY.params.items()}
+        one = jax.vmap(lambda seed: -Loss(objective).loss(jax.random.key(seed), params, model, guide, x))
+        return np.asarray(oracles.compiled(one)(np.arange(seeds)))
+    import pyro
+
+    from elbozoo.inference.pyro_engine import Loss
+
+    pyro.set_rng_seed(0)
+    return np.array([-float(Loss(objective).loss(model, guide, x)) for _ in range(seeds)])
+
+
+@pytest.mark.parametrize("gradient", [GumbelSoftmax(0.5), REBAR(), DisARM()], ids=lambda g: type(g).__name__)
+def test_what_is_reported_is_of_the_discrete_model(engine: str, gradient: Any) -> None:
+    """Every value is one of the four that the states allow, never one of a relaxed state."""
+    *_, log_weight = held_weights(1)
+    found = losses(engine, ELBO(gradient=gradient, analytic_kl=False), 60)
+    distance = np.abs(found[:, None] - log_weight).min(axis=1)
+    assert distance.max() < 1e-9
+    assert len(np.unique(np.round(found, 9))) > 1
+
+
+def test_the_enumerated_bound_is_the_exact_expectation(engine: str) -> None:
+    *_, probability, log_weight = held_weights(1)
+    found = losses(engine, ELBO(gradient=Enumerate()), 3)
+    np.testing.assert_allclose(found, probability @ log_weight[0], rtol=1e-12)
+
+
+# --- from a bad start ---------------------------------------------------------------------------------------------
+
+BITS = 4
+
+
+def _bits(lib: Any) -> tuple[Any, Any, np.ndarray]:
+    """``z`` of independent bits, ``x_i = z_i`` plus noise, and 20 sharp measurements ``y`` that tell nothing of ``z``.
+
+    The posterior is in the guide's family, and known. ``y`` adds some 60 nats to every bound, as sharp data do.
+    """
+    noise, data = 0.35, np.array([1.0, 0.0, 1.0, 0.0])
+    log_odds = normal(data, 1.0, noise) - normal(data, 0.0, noise)
+
+    def model(x: Any) -> None:
+        z = lib.sample("z", lib.dist.Bernoulli(logits=lib.array(np.zeros(BITS))).to_event(1))
+        lib.sample("x", lib.dist.Normal(1.0 * z, noise).to_event(1), obs=x)
+        lib.sample("y", lib.dist.Normal(lib.array(np.zeros(20)), 0.02).to_event(1), obs=lib.array(np.zeros(20)))
+
+    def guide(x: Any) -> None:
+        start = lib.array(np.where(data > 0.5, -4.0, 4.0))  # every bit is wrong, at odds of 55 to one
+        lib.sample("z", lib.dist.Bernoulli(logits=lib.param("a", start)).to_event(1))
+
+    return model, guide, expit(log_odds)
+
+
+def trained_guide(engine: str, objective: Any, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The guide's probabilities after ``steps`` of the library's own ``SVI``, and the posterior's."""
+    lib = oracles.library(engine)
+    model, guide, posterior = _bits(lib)
+    x = lib.array(np.array([1.0, 0.0, 1.0, 0.0]))
+    if engine == "numpyro":
+        import jax
+        import numpyro
+
+        from elbozoo.inference.numpyro_engine import Loss
+
+        svi = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(0.1), Loss(objective))
+        result = svi.run(jax.random.key(seed), steps, x, progress_bar=False)
+        return expit(np.asarray(result.params["a"])), posterior
+    import pyro
+
+    from elbozoo.inference.pyro_engine import Loss
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Loss(objective))
+    for _ in range(steps):
+        svi.step(x)
+    return expit(pyro.param("a").detach().numpy()), posterior
+
+
+@pytest.mark.filterwarnings("ignore:.*lies outside")
+@pytest.mark.parametrize("objective", [IWAE(3, VIMCO()), IWAE(30, RWS())], ids=["VIMCO", "RWS"])
+def test_gets_away_from_a_bad_start_where_the_plain_score_does_not(engine: str, objective: Any) -> None:
+    """Every bound is some 60 nats: without a baseline each draw is made likelier, and nearly every draw is wrong.
+
+    The 3-sample bound that VIMCO climbs has its optimum at odds less sure than the posterior's, as such bounds do.
+    """
+    found, posterior = trained_guide(engine, objective, 350, seed=0)
+    assert np.abs(found - posterior).max() < (0.1 if isinstance(objective.gradient, VIMCO) else 0.02)
+    stuck, _ = trained_guide(engine, ELBO(gradient=ScoreFunction(baseline="none")), 350, seed=0)
+    assert np.abs(stuck - posterior).max() > 0.9
+
+
+# --- guards -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("toy", "objective", "message"),
+    [
+        (DISCRETE, ELBO(gradient=DisARM()), r"site 'd' under DisARM must be of a Bernoulli; got Categorical. .*VIMCO"),
+        (DISCRETE, ELBO(gradient=REBAR()), r"site 'd' under REBAR must .*; got Categorical. Write it as a OneHot"),
+        (DISCRETE, ELBO(gradient=GumbelSoftmax()), r"site 'd' under GumbelSoftmax .* Write it as a OneHotCategorical"),
+        (ONE_SITE, IWAE(2, ARM()), r"the guide under ARM must have a site that is not reparameterised; .*DReG"),
+        (ONE_SITE, IWAE(2, GumbelSoftmax()), r"the guide under GumbelSoftmax must have a site that is not"),
+        (DISCRETE, IWAE(2, Enumerate()), r"bound under Enumerate must be the ELBO; got IWAE. .*VIMCO"),
+        (DISCRETE, ELBO(2, RWS()), r"bound under RWS must be IWAE; got ELBO"),
+        (DISCRETE, IWAE(1, RWS()), r"num_particles under RWS must be at least 2 in the wake phase; got 1"),
+        (DISCRETE, IWAE(1, VIMCO()), r"num_particles under VIMCO must be at least 2; got 1. .*DisARM"),
+        (DISCRETE, IWAE(2, Covariance()), r"bound under Covariance must be TVO; got IWAE. .*ScoreFunction"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused_with_the_name_of_one_that_fits(engine: str, toy: Toy, objective: Any, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        oracles.estimates(engine, toy, [objective], 10)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GumbelSoftmax(0.0), r"temperature must be a finite number above 0; got 0"),
+        (lambda: REBAR(-1.0), r"temperature must be a finite number above 0; got -1"),
+        (lambda: REBAR(eta=-0.1), r"eta must be finite and at least 0; got -0\.1"),
+        (lambda: RWS(wake=-1.0), r"wake must be finite and at least 0"),
+        (lambda: RWS(0.0, 0.0), r"wake \+ sleep must be above 0"),
+        (lambda: ScoreFunction(decay=1.0), r"decay must lie in \[0, 1\)"),
+        (lambda: NVIL(baseline_units=0), r"baseline_units must be"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense(make: Any, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        make()
+
+
+def test_too_many_states_to_enumerate(engine: str) -> None:
+    lib = oracles.library(engine)
+
+    def program(lib: Any, p: Any, size: int) -> tuple[Any, Any]:
+        def model(x: Any) -> None:
+            with lib.plate("data", size, dim=-1):
+                z = lib.sample("z", lib.dist.Bernoulli(logits=lib.array(np.zeros(13))).to_event(1))
+                lib.sample("x", lib.dist.Normal(z.sum(-1) + p("m"), 1.0), obs=x)
+
+        def guide(x: Any) -> None:
+            with lib.plate("data", size, dim=-1):
+                lib.sample("z", lib.dist.Bernoulli(logits=p("qa")[..., None] + lib.array(np.zeros(13))).to_event(1))
+
+        return model, guide
+
+    assert lib.engine == engine
+    toy = Toy("many", {"m": 0.0, "qa": 0.1}, 1.0, program, lambda p, q, num: None)
+    with pytest.raises(Refused, match=r"at most 4096 joint states; got 8192. .*VIMCO"):
+        oracles.estimates(engine, toy, [ELBO(gradient=Enumerate())], 2)
+
+
+def test_a_sleep_phase_needs_data_that_can_be_dreamt(engine: str) -> None:
+    def program(lib: Any, p: Any, size: int) -> tuple[Any, Any]:
+        def model(x: Any) -> None:
+            with lib.plate("data", size, dim=-1):
+                z = lib.sample("z", lib.dist.Bernoulli(logits=p("m")))
+                lib.sample("x", lib.dist.Normal(1.0 * z, 1.0), obs=2.0 * x)
+
+        def guide(x: Any) -> None:
+            with lib.plate("data", size, dim=-1):
+                lib.sample("z", lib.dist.Bernoulli(logits=p("qa")))
+
+        return model, guide
+
+    toy = Toy("altered data", {"m": 0.0, "qa": 0.1}, 1.0, program, lambda p, q, num: None)
+    with pytest.raises(InvalidArgument, match=r"site 'x' must observe an argument as it came, to be dreamt"):
+        oracles.estimates(engine, toy, [IWAE(2, RWS(0.0, 1.0))], 2)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def _net(engine: str) -> Any:
+    """A small belief net of the engine's own primitives, as a program for ``fit``."""
+    lib = oracles.library(engine)
+    rng = np.random.default_rng(0)
+    start = {"W": rng.normal(size=(3, 6)), "a": np.zeros(3), "V": 0.1 * rng.normal(size=(6, 3))}
+
+    def model(x: Any) -> None:
+        weight, prior = lib.param("W", lib.array(start["W"])), lib.param("a", lib.array(start["a"]))
+        with lib.plate("data", len(x), dim=-1):
+            z = lib.sample("z", lib.dist.Bernoulli(logits=prior).to_event(1))
+            lib.sample("x", lib.dist.Bernoulli(logits=(1.0 * z) @ weight).to_event(1), obs=x)
+
+    def guide(x: Any) -> None:
+        weight = lib.param("V", lib.array(start["V"]))
+        with lib.plate("data", len(x), dim=-1):
+            lib.sample("z", lib.dist.Bernoulli(logits=x @ weight).to_event(1))
+
+    if engine == "numpyro":
+        from elbozoo.inference.numpyro_engine import Program
+    else:
+        from elbozoo.inference.pyro_engine import Program
+    return Program(model, guide)
+
+
+BINARY = (np.random.default_rng(1).random((24, 6)) < 0.4).astype(float)
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [NVIL(baseline_units=4), ScoreFunction(baseline="running-mean"), GumbelSoftmax(lambda step: 1.0 / (1.0 + step))],
+    ids=["learned", "running-mean", "annealed-temperature"],
+)
+def test_training_resumes_with_what_the_estimator_knows(engine: str, gradient: Any, tmp_path: Path) -> None:
+    """Bit for bit, and none of it is a weight of the program."""
+    from elbozoo.inference import Adam, fit
+
+    def run(epochs: int, directory: Path | None = None) -> Any:
+        settings = {"directory": directory, "resume": True} if directory else {}
+        return fit(
+            _net(engine),
+            BINARY,
+            objective=ELBO(gradient=gradient),
+            epochs=epochs,
+            batch_size=8,
+            optimizer=Adam(1e-2),
+            progress=False,
+            **settings,
+        )
+
+    whole = run(4)
+    run(2, tmp_path / "run")
+    resumed = run(4, tmp_path / "run")
+    assert set(whole.weights) == {"W", "a", "V"}
+    for name, value in whole.weights.items():
+        np.testing.assert_array_equal(np.asarray(resumed.weights[name]), np.asarray(value))
+
+
+def test_the_learned_baseline_learns(engine: str) -> None:
+    """The drop-in loss trains it along: it comes to explain the bound's mean by datum."""
+    lib = oracles.library(engine)
+
+    def model(x: Any) -> None:
+        with lib.plate("data", len(x), dim=-1):
+            z = lib.sample("z", lib.dist.Bernoulli(logits=lib.array(np.zeros(len(x)))))
+            lib.sample("x", lib.dist.Normal(0.1 * z, 0.5), obs=x[:, 0])
+
+    def guide(x: Any) -> None:
+        a = lib.param("a", lib.array(0.0))
+        with lib.plate("data", len(x), dim=-1):
+            lib.sample("z", lib.dist.Bernoulli(logits=a * x[:, 0]))
+
+    x = lib.array(np.linspace(-1.5, 1.5, 12)[:, None])
+    gradient = NVIL(baseline_units=8, decay=0.5)
+    if engine == "numpyro":
+        import jax
+        import numpyro
+
+        from elbozoo.inference.numpyro_engine import Loss
+
+        loss = Loss(ELBO(gradient=gradient))
+        svi = numpyro.infer.SVI(model, loss.guide(guide), numpyro.optim.Adam(0.02), loss)
+        result = svi.run(jax.random.key(0), 400, x, progress_bar=False)
+        own = {n: np.asarray(v) for n, v in result.params["elbozoo_estimator"].items()}
+    else:
+        import pyro
+
+        from elbozoo.inference.pyro_engine import Loss
+
+        svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Loss(ELBO(gradient=gradient)))
+        for _ in range(400):
+            svi.step(x)
+        own = {n: pyro.param(f"elbozoo.{n}").detach().numpy() for n in ("weight", "bias", "readout")}
+    x = np.asarray(x)
+    predicted = np.tanh(x @ own["weight"] + own["bias"]) @ own["readout"]
+    bound = normal(x[:, 0], 0.05, 0.5)
+    assert np.corrcoef(predicted, bound)[0, 1] > 0.9
