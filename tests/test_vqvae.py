@@ -402,6 +402,23 @@ def test_moving_averages(engine: str, quantizer: Any, objective: Any) -> None:
     np.testing.assert_allclose(run.history[-1]["distortion"], distortion, 1e-10)
 
 
+@pytest.mark.pyro
+def test_a_rerun_begins_where_the_step_did() -> None:
+    """The guide again at the drawn codes: its codebook has moved since, and must not have."""
+    import torch
+
+    from elbozoo.inference.pyro_engine import particles
+
+    spec = replace(SMALL, quantizer=Codebook(4, 3, "ema", 0.1))
+    found = program("pyro", spec, ema_weights(spec))
+    start = found.weights["codebook.codes"]
+    terms = particles(found.model, found.guide, (torch.tensor(X),))
+    moved = found.weights["codebook.codes"]
+    assert abs(moved - start).max() > 0.1
+    assert (terms.freeze().log_guide == 0).all()
+    np.testing.assert_array_equal(found.weights["codebook.codes"], moved)
+
+
 def test_a_moving_codebook_is_saved_and_resumed(engine: str, tmp_path: Any) -> None:
     spec = replace(SMALL, quantizer=Codebook(4, 3, "ema", 0.7, revive=0.3))
     options = {"objective": OBJECTIVE, "batch_size": 3, "progress": False}
