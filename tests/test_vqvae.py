@@ -419,6 +419,21 @@ def test_a_rerun_begins_where_the_step_did() -> None:
     np.testing.assert_array_equal(found.weights["codebook.codes"], moved)
 
 
+@pytest.mark.numpyro
+def test_a_rerun_begins_where_the_step_did_in_numpyro() -> None:
+    import jax
+
+    from elbozoo.inference.numpyro_engine import particles
+
+    spec = replace(SMALL, quantizer=Codebook(4, 3, "ema", 0.1))
+    found = program("numpyro", spec, ema_weights(spec))
+    terms, mutable = particles(
+        jax.random.key(0), {**found.params, **found.mutable}, found.model_fn, found.guide_fn, (X,)
+    )
+    assert abs(mutable["codebook$buffers"]["codes"] - found.weights["codebook.codes"]).max() > 0.1
+    assert (terms.freeze().log_guide == 0).all()
+
+
 def test_a_moving_codebook_is_saved_and_resumed(engine: str, tmp_path: Any) -> None:
     spec = replace(SMALL, quantizer=Codebook(4, 3, "ema", 0.7, revive=0.3))
     options = {"objective": OBJECTIVE, "batch_size": 3, "progress": False}
