@@ -91,8 +91,14 @@ def settings(cls: type) -> dict[str, Setting]:
     return {
         f.name: Setting(f.name, hints[f.name], _default(f), said.get(f.name, ""))
         for f in plain_fields
-        if FROM_DATA.get(f.name, "") is not None
+        if _from_data(f) is not None
     }
+
+
+def _from_data(field: dataclasses.Field) -> str | None:
+    """The entry of ``FROM_DATA``; "" for a field that the data do not settle, as the levels of a grid of codes."""
+    own = field.name == "levels" and isinstance(field.default, tuple)
+    return "" if own else FROM_DATA.get(field.name, "")
 
 
 def part_of(hint: Any) -> type | None:
@@ -157,7 +163,7 @@ def _annotation(takers: list[tuple[str, Setting]]) -> Any:
 
 
 def _default(field: dataclasses.Field) -> str:
-    if settled := FROM_DATA.get(field.name):
+    if settled := _from_data(field):
         return f"default: {settled}"
     value = field.default_factory() if callable(field.default_factory) else field.default
     if isinstance(value, tuple):
@@ -232,7 +238,7 @@ def assemble(spec: type[Spec], options: Mapping[str, Any], facts: Mapping[str, A
                 continue
             if field.name in given:
                 values[field.name] = _alone(given[field.name], get_type_hints(cls)[field.name])
-            elif field.name in facts:
+            elif field.name in facts and _from_data(field) != "":
                 values[field.name] = facts[field.name]
             elif field.default is field.default_factory is dataclasses.MISSING:
                 option = _option(field.name)

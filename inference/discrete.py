@@ -316,6 +316,60 @@ class REBAR(DiscreteEstimator):
         return Choice(_relaxed(draw, perturbed, temperature), kept={"uniform": uniform})
 
 
+@dataclass(frozen=True)
+class StraightThrough(DiscreteEstimator):
+    r"""Differentiate as if the discrete value were the encoder's output. **Biased**, and the gradient of no bound.
+
+    At a quantised site with encoder output e and nearest code c, the model is given c and ``dc/de`` is taken for the
+    identity; the bound tells a codebook nothing, so it and the encoder's commitment to it have terms of their own (sg
+    holds a value constant):
+
+    .. math:: F - w_{codebook} \|sg(e) - c\|^2 - w_{commitment} \|e - sg(c)\|^2
+
+    each summed over the site and averaged over particles. At a Bernoulli or OneHotCategorical site with probabilities p
+    and state b it is the classical one: the model is given ``b + p - sg(p)``, and log densities continue linearly.
+    Sites that are reparameterised take the pathwise gradient. What is reported is the bound alone.
+
+    Args:
+        codebook: weight of the codebook's error; of no effect where the codebook follows moving averages or is fixed.
+        commitment: weight of the commitment (β in the paper, which used 0.25).
+
+    Raises: InvalidArgument for a negative weight; Refused where no site is quantised or of these families.
+    References: van den Oord, Vinyals & Kavukcuoglu 2017 (arXiv 1711.00937), eq. 3; Bengio, Léonard & Courville 2013
+        (arXiv 1308.3432), section 4.
+    """
+
+    allows_quantised = True
+    codebook: float = 1.0
+    commitment: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("codebook", "commitment"):
+            number(name, getattr(self, name), lambda v: v >= 0, "be finite and at least 0", "The paper uses 1 and 0.25")
+
+    def check_terms(self, bound: Bound, terms: Terms) -> None:
+        if _discrete(terms) or not _quantised(terms):
+            super().check_terms(bound, terms)
+
+    def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
+        total = Pathwise().surrogate(bound, terms.again(self._pass) if _discrete(terms) else terms)
+        for site in _quantised(terms):
+            total = total - self.codebook * site.codebook_error.mean(axis=0)  # type: ignore[union-attr]
+            total = total - self.commitment * site.commitment_error.mean(axis=0)  # type: ignore[union-attr]
+        return total
+
+    def _pass(self, draw: Draw) -> Choice:
+        if draw.family not in RELAXABLE:
+            return Choice(draw.value)
+        xp = namespace(draw.logits)
+        p = _sigmoid(xp, draw.logits) if draw.family == "Bernoulli" else xp.exp(draw.logits)
+        return Choice(draw.drawn + (p - stop_gradient(p)))
+
+
+def _quantised(terms: Terms) -> list[Site]:
+    return [site for site in terms.sites.values() if site.codebook_error is not None]
+
+
 # --- every state --------------------------------------------------------------------------------------------------
 
 

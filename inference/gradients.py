@@ -49,6 +49,8 @@ class GradientEstimator(ABC):
 
     allows_analytic_kl = False
     allows_gain_per_dimension = True
+    allows_quantised = False
+    """Whether it can serve a site whose path is a straight-through one, and train its codebook."""
 
     @property
     def uses_step(self) -> bool:
@@ -393,6 +395,19 @@ def refuse_point_masses(estimator: str, terms: Terms) -> None:
                 "have a density to take the score of",
                 "a Delta",
                 "Use gradient=Pathwise()",
+                Refused,
+            )
+
+
+def refuse_quantised(estimator: str, terms: Terms) -> None:
+    """A quantised value has no derivative: what flows through it is a straight-through gradient, to be asked for."""
+    for name, site in terms.sites.items():
+        if site.codebook_error is not None:
+            raise must(
+                f"site '{name}' under {estimator}",
+                "have a gradient, and leave no codebook untrained",
+                f"a {site.guide_family}, whose values are quantised",
+                "Use gradient=StraightThrough()",
                 Refused,
             )
 

@@ -42,7 +42,7 @@ from elbozoo.inference.discrete import joint_states
 from elbozoo.inference.errors import InvalidArgument, Refused, must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.terms import Choice, Draw, Site, Terms, check_drawn_for, check_made_of, own_parameters
-from elbozoo.inference.weights import from_torch_layout, to_torch_layout
+from elbozoo.inference.weights import BUFFERS, from_torch_layout, to_torch_layout
 
 _STEP = "elbozoo_step"
 _ESTIMATOR = "elbozoo_estimator"  # what a gradient estimator trains of its own
@@ -379,6 +379,7 @@ def _site(name: str, guide_trace: Any, model_trace: Any, layout: _Layout, analyt
             return kl
     guide_terms, guide_factors = _log_prob(site, layout)
     log_guide = guide_terms.sum(axis=-1)
+    kl |= _quantisation_errors(site["fn"], layout)
     if prior is None:  # an auxiliary variable of the guide
         return {"log_guide": log_guide, "log_prior": jnp.zeros_like(log_guide)}
     prior_terms, prior_factors = _log_prob(prior, layout)
@@ -388,6 +389,16 @@ def _site(name: str, guide_trace: Any, model_trace: Any, layout: _Layout, analyt
     if guide_factors and prior_factors and guide_terms.shape == prior_terms.shape:
         arrays |= {"log_prior_terms": prior_terms, "log_guide_terms": guide_terms}
     return arrays | kl
+
+
+def _quantisation_errors(fn: Any, layout: _Layout) -> dict[str, jax.Array]:
+    """The errors of a distribution that quantises, ``(*P)`` by attribute of :class:`Site`; empty for others."""
+    (base, factors), shape = _strip(fn), None
+    while isinstance(base, ExpandedDistribution):
+        shape, base = shape or base.batch_shape, base.base_dist
+    found = getattr(base, "quantisation_errors", ())
+    errors = {n: jnp.broadcast_to(e, base.batch_shape if shape is None else shape) for n, e in found}
+    return {n: plates_first(e, e.ndim - factors, layout.dims).sum(axis=-1) for n, e in errors.items()}
 
 
 class _Marginal:
@@ -545,30 +556,33 @@ def particles(
     layouts: list[_Layout] = []
     control_flow = _SeesControlFlow()
 
+    def given(fn: Callable, params: Params) -> Callable:
+        """With copies of mutable values: a program changes them in place, and a rerun must begin where this did."""
+        return substitute(fn, data=jax.tree.map(lambda x: x, params))
+
     def traces(
         key: jax.Array, guide_params: Params, values: Mapping[str, jax.Array] | None
     ) -> tuple[Any, Any, dict[str, Any]]:
         model_seed, guide_seed = random.split(key)
         handler = _StopUnreparameterised() if values is None else _Assign(values)
         with handler, control_flow:
-            guide_trace = trace(substitute(seed(guide, guide_seed), data=guide_params)).get_trace(*args, **kwargs)
+            guide_trace = trace(given(seed(guide, guide_seed), guide_params)).get_trace(*args, **kwargs)
         mutable = {n: s["value"] for n, s in guide_trace.items() if s["type"] == "mutable"}
-        bound_model = substitute(replay(seed(model, model_seed), guide_trace), data={**params, **mutable})
-        model_trace = run_model(bound_model, guide_trace)
+        model_trace = run_model(replay(seed(model, model_seed), guide_trace), {**params, **mutable}, guide_trace)
         mutable |= {n: s["value"] for n, s in model_trace.items() if s["type"] == "mutable"}
         return model_trace, guide_trace, mutable
 
-    def run_model(bound_model: Callable, guide_trace: Any) -> Any:
+    def run_model(replayed: Callable, params: Params, guide_trace: Any) -> Any:
         """The model's trace, without the sites that are summed out of it."""
 
         def run(states: Params) -> Any:
             with _ChecksShapes(guide_trace):
-                return trace(substitute(bound_model, data=states)).get_trace(*args, **kwargs)
+                return trace(substitute(given(replayed, params), data=states)).get_trace(*args, **kwargs)
 
         return _marginalised(run, guide_trace)
 
-    def first(key: jax.Array, given: Mapping[str, jax.Array] | None = None) -> dict[str, Any]:
-        model_trace, guide_trace, mutable = traces(key, params, given)
+    def first(key: jax.Array, values: Mapping[str, jax.Array] | None = None) -> dict[str, Any]:
+        model_trace, guide_trace, mutable = traces(key, params, values)
         _check_match(model_trace, guide_trace)
         layouts.append(replace(_layout(model_trace, guide_trace), control_flow=control_flow.seen))
         arrays = _site_arrays(guide_trace, model_trace, layouts[-1], analytic_kl)
@@ -589,20 +603,19 @@ def particles(
     def score(key: jax.Array, values: Mapping[str, jax.Array], as_drawn: bool) -> dict[str, jax.Array]:
         with _Assign(stop_gradient(values)):
             guide_seed = random.split(key)[1]
-            guide_trace = trace(substitute(seed(guide, guide_seed), data=params)).get_trace(*args, **kwargs)
+            guide_trace = trace(given(seed(guide, guide_seed), params)).get_trace(*args, **kwargs)
         density = _score if as_drawn else lambda site, layout: _log_prob(site, layout)[0].sum(axis=-1)
         return {n: density(s, layout) for n, s in _samples(guide_trace).items()}
 
     def chosen(
-        key: jax.Array, drawn: Params, given: Params, choose: Callable[[Draw], Choice], call: int
+        key: jax.Array, drawn: Params, numbers: Params, choose: Callable[[Draw], Choice], call: int
     ) -> dict[str, Any]:
         model_seed, guide_seed = random.split(key)
-        chooser = _Choose(choose, drawn, given, random.fold_in(guide_seed, call))
+        chooser = _Choose(choose, drawn, numbers, random.fold_in(guide_seed, call))
         with validation_enabled(False):  # a relaxed value lies between the states
             with chooser:
-                guide_trace = trace(substitute(seed(guide, guide_seed), data=params)).get_trace(*args, **kwargs)
-            bound_model = substitute(replay(seed(model, model_seed), guide_trace), data=params)
-            model_trace = run_model(bound_model, guide_trace)
+                guide_trace = trace(given(seed(guide, guide_seed), params)).get_trace(*args, **kwargs)
+            model_trace = run_model(replay(seed(model, model_seed), guide_trace), params, guide_trace)
             arrays = _site_arrays(guide_trace, model_trace, layout, analytic_kl)
         values = {n: s["value"] for n, s in _samples(guide_trace).items() if not s["is_observed"]}
         kept = {n: dict(c.kept) for n, c in chooser.choices.items()}
@@ -652,14 +665,14 @@ def particles(
         _refuse_control_flow(layout)
         return each(partial(score, as_drawn=as_drawn), keys, drawn)
 
-    def rerun(choose: Callable[[Draw], Choice], given: Mapping[str, Any], repeat: int) -> Terms:
+    def rerun(choose: Callable[[Draw], Choice], numbers: Mapping[str, Any], repeat: int) -> Terms:
         _refuse_control_flow(layout)
         again_keys, values = keys, drawn
         if repeat > 1:
             again_keys, values = jax.tree.map(lambda x: jnp.repeat(x, repeat, axis=0), (keys, drawn))
         run = partial(chosen, choose=choose, call=next(calls))
         vectorised = each if len(again_keys) == num_particles else _vectorizer(vectorize, len(again_keys))
-        found = vectorised(run, again_keys, values, jax.tree.map(jnp.asarray, dict(given)))
+        found = vectorised(run, again_keys, values, jax.tree.map(jnp.asarray, dict(numbers)))
         return replace(_terms(found, layout, step, found["values"]), scores=found["scores"], kept=found["kept"])
 
     def dreamt() -> jax.Array:
@@ -902,6 +915,11 @@ def _local_parameters(name: str, fn: Any, full_covariance: bool) -> tuple[type, 
 # --- programs ---------------------------------------------------------------------------------------------------
 
 
+def _buffers(mutable: Params) -> Params:
+    """The mutable values that are weights of a program, as a torch module's buffers are."""
+    return {n: v for n, v in mutable.items() if n.endswith(BUFFERS)}
+
+
 class _Bound:
     """A model or guide with parameters substituted, its methods too (``program.model.decode(z)``); hidden if asked."""
 
@@ -909,7 +927,7 @@ class _Bound:
         self._fn, self._params, self._hidden = fn, params, hidden
 
     def _bind(self, fn: Callable) -> Callable:
-        bound = substitute(fn, data=self._params)
+        bound = substitute(fn, data=jax.tree.map(lambda x: x, self._params))  # a program may change mutable values
         return block(bound, hide_fn=lambda site: site["type"] in ("param", "mutable")) if self._hidden else bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -996,7 +1014,9 @@ class Program:
     @property
     def weights(self) -> dict[str, np.ndarray] | None:
         """Parameters as NumPy arrays under torch's ``state_dict`` names and layouts; ``None`` before training."""
-        return None if self.params is None else to_torch_layout(jax.tree.map(np.asarray, self.params), self._prefix)
+        if self.params is None:
+            return None
+        return to_torch_layout(jax.tree.map(np.asarray, self.params | _buffers(self.mutable or {})), self._prefix)
 
     @property
     def _prefix(self) -> str:
@@ -1031,8 +1051,9 @@ class Program:
             example = (jnp.zeros((1, self.spec.data_dim)),)
         untrained = replace(self, params=None)
         template, mutable = jax.jit(lambda key: untrained.init(key, *example)[::2])(random.key(0))
-        params = from_torch_layout(weights, template, self._prefix)
-        return self.with_params(jax.tree.map(jnp.asarray, params), mutable or None)
+        found = jax.tree.map(jnp.asarray, from_torch_layout(weights, {**template, **_buffers(mutable)}, self._prefix))
+        params, buffers = ({n: v for n, v in found.items() if (n in template) is kept} for kept in (True, False))
+        return self.with_params(params, {**mutable, **buffers} or None)
 
     @property
     def float_dtype(self) -> np.dtype:

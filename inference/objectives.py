@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from elbozoo.inference.arrays import Array, logsumexp, softmax
 from elbozoo.inference.errors import InvalidArgument, must
-from elbozoo.inference.gradients import GradientEstimator, Pathwise
+from elbozoo.inference.gradients import GradientEstimator, Pathwise, refuse_quantised
 from elbozoo.inference.parts import instance_of, number, whole_number
 from elbozoo.inference.terms import Terms
 
@@ -116,6 +116,8 @@ class Bound(Objective):
 
     def check(self, terms: Terms) -> None:
         super().check(terms)
+        if not self.gradient.allows_quantised:
+            refuse_quantised(type(self.gradient).__name__, terms)
         self.gradient.check_terms(self, terms)
         # Python's own "once" is reset whenever a library touches the filters.
         seen = vars(self).setdefault("_warned", set())

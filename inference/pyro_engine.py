@@ -264,7 +264,7 @@ def _marginalised(
     def densities(index: int) -> dict[str, torch.Tensor]:
         drawn = {n: torch.zeros_like(samples[n]["value"]) + torch.as_tensor(v[index]) for n, v in states.items()}
         drawn = {n: v.to(samples[n]["value"]) for n, v in drawn.items()}
-        with poutine.block(), _kept_buffers(owners(model)), _Replay({**given, **drawn}):
+        with poutine.block(), kept_buffers(owners(model)), _Replay({**given, **drawn}):
             found = _samples(poutine.trace(model).get_trace(*args, **kwargs))
         return {n: _sum_outside(_masked_log_prob(found[n]), plates) for n in later}
 
@@ -518,7 +518,7 @@ def particles(
     Returns: the :class:`Terms`, with shapes ``(K, *P)``.
     """
     kwargs = dict(kwargs or {})
-    particle_dim, guide_modules, modules = None, owners(guide), owners(model, guide)
+    particle_dim, modules = None, owners(model, guide)
     programs = model, guide
     if num_particles > 1 and nesting is not None:
         particle_dim = -1 - nesting
@@ -529,14 +529,16 @@ def particles(
     def given(k: int) -> dict[str, torch.Tensor]:
         return {} if values is None else {n: v if together else v[k] for n, v in values.items()}
 
+    buffers = _buffers(modules)
     runs = [_run(model, guide, args, kwargs, given(0))]
     while not together and len(runs) < num_particles:
-        runs.append(_run(model, guide, args, kwargs, runs[0].subsamples | given(len(runs))))
+        with kept_buffers(modules, buffers):
+            runs.append(_run(model, guide, args, kwargs, runs[0].subsamples | given(len(runs))))
     layout = _layout(runs[0].model_trace, runs[0].guide_trace)
 
     def rerun_guide(run: _Run, values: Mapping[str, torch.Tensor]) -> Any:
         given = _Replay({**run.subsamples, **values}, draw_first=True)
-        with poutine.block(), _rng_of(run), _kept_buffers(guide_modules), given:
+        with poutine.block(), _rng_of(run), kept_buffers(modules, buffers), given:
             return poutine.trace(guide).get_trace(*args, **kwargs)
 
     def build(guide_traces: list[Any], kl: bool, densities: Sequence[Mapping[str, Any]]) -> Terms:
@@ -594,7 +596,7 @@ def particles(
 
     def choose_values(run: _Run, pair: tuple[Callable, Callable], chooser: _Choose) -> tuple[_Run, dict[str, Choice]]:
         """Guide and model run again at chosen values; a relaxed one lies between the states, so none is validated."""
-        with poutine.block(), pyro.validation_enabled(False), _kept_buffers(modules):
+        with poutine.block(), pyro.validation_enabled(False), kept_buffers(modules, buffers):
             with chooser, _Replay(run.subsamples):
                 guide_trace = poutine.trace(pair[1]).get_trace(*args, **kwargs)
             values = {n: s["value"] for n, s in _samples(guide_trace).items() if not s["is_observed"]}
@@ -624,13 +626,13 @@ def particles(
     def dreamt() -> torch.Tensor:
         run, (alone_model, alone_guide) = runs[0], programs
         places = _observed_places(run.model_trace, args)
-        with poutine.block(), torch.no_grad(), _kept_buffers(modules), _Replay(run.subsamples):
+        with poutine.block(), torch.no_grad(), kept_buffers(modules, buffers), _Replay(run.subsamples):
             asleep = poutine.trace(poutine.uncondition(alone_model)).get_trace(*args, **kwargs)
         new = list(args)
         for name, place in places.items():
             new[place] = torch.as_tensor(asleep.nodes[name].get("value")).to(args[place].dtype)
         latent = {n: s["value"] for n, s in _samples(asleep).items() if n not in places}
-        with poutine.block(), _kept_buffers(modules), _Replay({**run.subsamples, **latent}):
+        with poutine.block(), kept_buffers(modules, buffers), _Replay({**run.subsamples, **latent}):
             guide_trace = poutine.trace(alone_guide).get_trace(*new, **kwargs)
         densities = [_log_prob(s, layout, None)[0].sum(dim=-1) for s in _samples(guide_trace).values()]
         return sum(densities[1:], start=densities[0])
@@ -718,6 +720,7 @@ def _site(
             return kl
     guide_terms, guide_factors = density or _log_prob(site, layout, particle_dim)
     log_guide = guide_terms.sum(dim=-1)
+    kl |= _quantisation_errors(site["fn"], layout, particle_dim)
     if prior is None:  # an auxiliary variable of the guide
         return {"log_guide": log_guide, "log_prior": torch.zeros_like(log_guide)}
     prior_terms, prior_factors = _log_prob(prior, layout, particle_dim)
@@ -727,6 +730,13 @@ def _site(
     if guide_factors and prior_factors and guide_terms.shape == prior_terms.shape:
         arrays |= {"log_prior_terms": prior_terms, "log_guide_terms": guide_terms}
     return arrays | kl
+
+
+def _quantisation_errors(fn: Any, layout: _Layout, particle_dim: int | None) -> dict[str, torch.Tensor]:
+    """The errors of a distribution that quantises, ``(K, *P)`` by attribute of :class:`Site`; empty for others."""
+    base, factors = _strip(fn)
+    errors = getattr(base, "quantisation_errors", ())
+    return {n: _lead(e, factors, layout, particle_dim).sum(dim=-1) for n, e in errors}
 
 
 def _support(site: Any) -> Any:
@@ -810,16 +820,30 @@ def particle_plate(model: Callable, guide: Callable, args: tuple, kwargs: Mappin
 @contextmanager
 def _no_effect(modules: list[torch.nn.Module]) -> Iterator[None]:
     """The random state and the modules' buffers are after what they were before."""
-    with torch.random.fork_rng(devices=_gpus()), _kept_buffers(modules):
+    with torch.random.fork_rng(devices=_gpus()), kept_buffers(modules):
         yield
 
 
+Buffers = list[tuple[torch.Tensor, torch.Tensor]]
+"""Modules' buffers, each with a copy of what it held."""
+
+
+def _buffers(modules: list[torch.nn.Module]) -> Buffers:
+    return [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+
+
 @contextmanager
-def _kept_buffers(modules: list[torch.nn.Module]) -> Iterator[None]:
-    """A batch norm's statistics move once a step, however often its guide is run."""
-    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+def kept_buffers(modules: list[torch.nn.Module], start: Buffers | None = None) -> Iterator[None]:
+    """Buffers move once a step, however often a program is run.
+
+    Args:
+        start: what they hold inside at first, as at the step's first run, so that a rerun is one.
+    """
+    after = _buffers(modules)
+    for buffer, value in start or ():
+        buffer.data.copy_(value)
     yield
-    for buffer, value in before:
+    for buffer, value in after:
         buffer.data.copy_(value)
 
 

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from elbozoo.inference.errors import CorruptFile, ElbozooError, must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
-from elbozoo.inference.pyro_engine import OWN, OwnNumbers, Program, particle_plate, particles
+from elbozoo.inference.pyro_engine import OWN, OwnNumbers, Program, kept_buffers, particle_plate, particles
 from elbozoo.inference.recording import check_amortised, check_counts, first_non_finite, step_metrics
 
 
@@ -142,7 +142,7 @@ class Trainer:
         """Put the gradient of one step into the parameters; metrics and the gradient's norm."""
         step, memory = torch.tensor(self.step), self.own.memory
         if self.may_compile:
-            with torch.random.fork_rng(devices=self.cuda):
+            with torch.random.fork_rng(devices=self.cuda), kept_buffers(self.program._modules()):
                 self.compiled, self.may_compile = _traced(self._differentiate, step, memory, *batch), False
         if self.compiled is None:
             metrics, gradients, norm, self.own.memory = self._differentiate(step, memory, *batch)

@@ -42,6 +42,9 @@ class Site:
         guide_family: the class name of the guide's distribution.
         event_shape: of one value.
         num_classes: how many states each entry of a Bernoulli or categorical site has; 0 for others.
+        codebook_error: ``||sg[e] - code||^2`` of a quantised value, summed over the site, ``(K, *P)``: e the encoder's
+            output, sg a value held constant; ``None`` where the guide's distribution does not quantise.
+        commitment_error: ``||e - sg[code]||^2``, the same number with the other derivative.
     """
 
     log_prior: Float[Any, "K *P"] | None = None
@@ -60,6 +63,8 @@ class Site:
     guide_family: str = ""
     event_shape: tuple[int, ...] = ()
     num_classes: int = 0
+    codebook_error: Float[Any, "K *P"] | None = None
+    commitment_error: Float[Any, "K *P"] | None = None
 
     @property
     def rate(self) -> Array:

@@ -3,7 +3,8 @@
 One rule, both ways. A parameter site ``decoder$params`` that holds a pytree becomes one entry a leaf, named by the site
 without ``$params`` and the path, joined by dots. A leaf called ``kernel`` is called ``weight`` in torch, which puts the
 output features first: ``(..., in, out) -> (out, in, ...)``, a transpose for a dense layer and HWIO to OIHW for a
-convolution. Every other leaf keeps its name and layout. A site that is a plain array keeps its own name.
+convolution. Every other leaf keeps its name and layout. A site that is a plain array keeps its own name. Mutable sites
+called ``<module>$buffers`` are a torch module's buffers, and go by the same rule.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from elbozoo.inference.errors import must
 
-SUFFIX = "$params"
+SUFFIX, BUFFERS = "$params", "$buffers"
 
 
 def to_torch_layout(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
@@ -81,7 +82,7 @@ def _leaves(params: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, tuple
     for site, tree in params.items():
         if not site.startswith(prefix):
             raise must("params", f"have sites that begin with {prefix!r}", repr(site), "Pass one program's parameters")
-        root = site[len(prefix) :].removesuffix(SUFFIX)
+        root = site[len(prefix) :].removesuffix(SUFFIX).removesuffix(BUFFERS)
         for path, leaf in _walk(tree, ()):
             name = ".".join((root, *path[:-1], "weight" if path[-1] == "kernel" else path[-1])) if path else root
             if name in seen:

@@ -200,7 +200,7 @@ def test_initial_weights(engine: str) -> None:
 # --- training ---------------------------------------------------------------------------------------------------
 
 ANY_FAMILY = [IWAE(3, VIMCO()), IWAE(3, RWS(1.0, 0.5))]
-BERNOULLI = [ELBO(gradient=NVIL(hidden=4)), ELBO(gradient=DisARM()), ELBO(gradient=GumbelSoftmax(hard=True))]
+BERNOULLI = [ELBO(gradient=NVIL(baseline_units=4)), ELBO(gradient=DisARM()), ELBO(gradient=GumbelSoftmax(hard=True))]
 
 
 def name(objective: Any) -> str:

@@ -18,25 +18,32 @@ from elbozoo.zoo.likelihoods import (
     Likelihood,
 )
 from elbozoo.zoo.linear_vae import LinearVAE
-from elbozoo.zoo.networks import MLP, Conv, Network
+from elbozoo.zoo.networks import MLP, Conv, FullyConv, Network
 from elbozoo.zoo.priors import FlowPrior, MixturePrior, Prior, StandardNormal, VampPrior
+from elbozoo.zoo.quantizers import Codebook, FiniteScalar, Quantizer, Residual
 from elbozoo.zoo.semi_supervised_vae import SemiSupervisedVAE
 from elbozoo.zoo.sigmoid_belief_net import SigmoidBeliefNet
 from elbozoo.zoo.spec import Spec
 from elbozoo.zoo.vae import VAE
+from elbozoo.zoo.vqvae import VQVAE, CodeUsage, code_usage
 
 __all__ = [
     "MLP",
     "VAE",
+    "VQVAE",
     "Autoencoder",
     "AutoregressiveBernoulli",
     "Bernoulli",
     "CategoricalVAE",
+    "CodeUsage",
+    "Codebook",
     "ContinuousBernoulli",
     "Conv",
     "DeepHierarchicalVAE",
     "DiscretizedLogistic",
+    "FiniteScalar",
     "FlowPrior",
+    "FullyConv",
     "Gaussian",
     "GaussianMixtureVAE",
     "HierarchicalVAE",
@@ -46,9 +53,12 @@ __all__ = [
     "MixturePrior",
     "Network",
     "Prior",
+    "Quantizer",
+    "Residual",
     "SemiSupervisedVAE",
     "SigmoidBeliefNet",
     "Spec",
     "StandardNormal",
     "VampPrior",
+    "code_usage",
 ]

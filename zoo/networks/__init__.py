@@ -17,7 +17,7 @@ from typing import ClassVar
 from elbozoo.inference.errors import must
 from elbozoo.inference.parts import Part, one_of, positive, whole_number, whole_numbers
 
-__all__ = ["ACTIVATIONS", "MLP", "NORMALIZATIONS", "Conv", "Network"]
+__all__ = ["ACTIVATIONS", "MLP", "NORMALIZATIONS", "Conv", "FullyConv", "Network"]
 
 ACTIVATIONS = ("tanh", "relu", "leaky_relu", "elu", "gelu", "silu", "softplus")
 """Names both engines know, with one meaning: ``leaky_relu`` has slope 0.01, ``gelu`` is the exact one."""
@@ -116,6 +116,61 @@ class Conv(Network):
         """(channels, height, width) after the encoder's last convolution."""
         factor = 2 ** len(self.channels)
         return self.channels[-1], self.image_shape[1] // factor, self.image_shape[2] // factor
+
+    def check_data_dim(self, data_dim: int) -> None:
+        if prod(self.image_shape) != data_dim:
+            raise must("image_shape", f"have data_dim={data_dim} entries", self.image_shape, "Change one of the two")
+
+
+@dataclasses.dataclass(frozen=True)
+class FullyConv(Network):
+    """Convolutions alone: the encoder's outputs, and the decoder's inputs, are a vector at each place of a small map.
+
+    Encoder: 3x3 convolutions of stride 2 and padding 1 to ``channels``, then one of stride 1 to the vectors. Decoder: a
+    3x3 convolution of the vectors to ``channels[-1]``, then the mirror image as in :class:`Conv`. Outputs and inputs
+    are flat in (row, column, vector) order, and as many as a multiple of the places.
+
+    Args:
+        image_shape: (channels, height, width) of one datum, as in :class:`Conv`.
+        channels: feature maps after each halving, next to the data first.
+        activation: one of ``ACTIVATIONS``, after every layer but the last.
+
+    Parameters: ``convs.<i>.weight`` (out, in, 3, 3), ``convs.<i>.bias``.
+
+    Raises: InvalidArgument; for outputs that the places do not divide, when a program is built.
+
+    Example:
+        >>> FullyConv(image_shape=(1, 28, 28)).positions
+        49
+    """
+
+    image_shape: tuple[int, ...] = (1, 28, 28)
+    channels: tuple[int, ...] = (64, 128)
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        same = Conv(self.image_shape, self.channels, activation=self.activation)  # and it has the same conditions
+        object.__setattr__(self, "image_shape", same.image_shape)
+        object.__setattr__(self, "channels", same.channels)
+
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """Height and width of the smallest map."""
+        factor = 2 ** len(self.channels)
+        return self.image_shape[1] // factor, self.image_shape[2] // factor
+
+    @property
+    def positions(self) -> int:
+        """Places of the smallest map."""
+        return prod(self.map_shape)
+
+    def vector_dim(self, size: int) -> int:
+        """Entries of each place's vector, of ``size`` in all, refused where the places do not divide them."""
+        if size % self.positions:
+            todo = "Pass latents that the places divide, or other channels"
+            condition = f"be a multiple of its {self.positions} places"
+            raise must("the latents of a FullyConv network", condition, size, todo)
+        return size // self.positions
 
     def check_data_dim(self, data_dim: int) -> None:
         if prod(self.image_shape) != data_dim:

@@ -149,5 +149,38 @@ class ConvDecoder(nnx.Module):
         return jnp.moveaxis(last(_double(z)), -1, 1).reshape(*leading, -1)
 
 
+class FullyConvEncoder(nnx.Module):
+    def __init__(self, spec: specs.FullyConv, num_inputs: int, num_outputs: int, rngs: nnx.Rngs):
+        self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
+        maps = (spec.image_shape[0], *spec.channels)
+        last = conv(spec.channels[-1], spec.vector_dim(num_outputs), rngs=rngs)
+        self.convs = nnx.List([*(conv(*pair, stride=2, rngs=rngs) for pair in pairwise(maps)), last])
+
+    def __call__(self, x: Array) -> Array:
+        leading = x.shape[:-1]
+        x = jnp.moveaxis(x.reshape(-1, *self.spec.image_shape), 1, -1)
+        *hidden, last = self.convs
+        for layer in hidden:
+            x = self.activation(layer(x))
+        return last(x).reshape(*leading, -1)
+
+
+class FullyConvDecoder(nnx.Module):
+    def __init__(self, spec: specs.FullyConv, num_inputs: int, num_outputs: int, rngs: nnx.Rngs):
+        self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
+        first = conv(spec.vector_dim(num_inputs), spec.channels[-1], rngs=rngs)
+        maps = (*spec.channels[::-1], num_outputs // prod(spec.image_shape[1:]))
+        self.convs = nnx.List([first, *(conv(*pair, rngs=rngs) for pair in pairwise(maps))])
+
+    def __call__(self, z: Array) -> Array:
+        leading = z.shape[:-1]
+        z = z.reshape(-1, *self.spec.map_shape, z.shape[-1] // self.spec.positions)
+        first, *rest = self.convs
+        z = first(z)
+        for layer in rest:
+            z = layer(_double(self.activation(z)))
+        return jnp.moveaxis(z, -1, 1).reshape(*leading, -1)
+
+
 def _double(x: Array) -> Array:
     return x.repeat(2, -3).repeat(2, -2)

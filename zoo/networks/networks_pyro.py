@@ -116,5 +116,40 @@ class ConvDecoder(nn.Module):
         return last(_double(z)).reshape(*leading, -1)
 
 
+class FullyConvEncoder(nn.Module):
+    def __init__(self, spec: specs.FullyConv, num_inputs: int, num_outputs: int):
+        super().__init__()
+        self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
+        maps = (spec.image_shape[0], *spec.channels)
+        last = conv(spec.channels[-1], spec.vector_dim(num_outputs))
+        self.convs = nn.ModuleList([*(conv(*pair, stride=2) for pair in pairwise(maps)), last])
+
+    def forward(self, x: Tensor) -> Tensor:
+        leading = x.shape[:-1]
+        x = x.reshape(-1, *self.spec.image_shape)
+        *hidden, last = self.convs
+        for layer in hidden:
+            x = self.activation(layer(x))
+        return last(x).movedim(1, -1).reshape(*leading, -1)
+
+
+class FullyConvDecoder(nn.Module):
+    def __init__(self, spec: specs.FullyConv, num_inputs: int, num_outputs: int):
+        super().__init__()
+        self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
+        first = conv(spec.vector_dim(num_inputs), spec.channels[-1])
+        maps = (*spec.channels[::-1], num_outputs // prod(spec.image_shape[1:]))
+        self.convs = nn.ModuleList([first, *(conv(*pair) for pair in pairwise(maps))])
+
+    def forward(self, z: Tensor) -> Tensor:
+        leading = z.shape[:-1]
+        z = z.reshape(-1, *self.spec.map_shape, z.shape[-1] // self.spec.positions).movedim(-1, 1)
+        first, *rest = self.convs
+        z = first(z)
+        for layer in rest:
+            z = layer(_double(self.activation(z)))
+        return z.reshape(*leading, -1)
+
+
 def _double(x: Tensor) -> Tensor:
     return x.repeat_interleave(2, -2).repeat_interleave(2, -1)
