@@ -210,7 +210,7 @@ def variance(config: Config, program: Any, objective: Any, x: np.ndarray) -> flo
 
     def mean_loss(params: Any, trained: Any, memory: Any, key: Any) -> Any:
         own = {"elbozoo_estimator": trained, "elbozoo_memory": memory}
-        return loss.loss(key, params | own, program.model_fn, program.guide_fn, x) / len(x)
+        return jnp.asarray(loss.loss(key, params | own, program.model_fn, program.guide_fn, x)) / len(x)
 
     if memory:  # the mean bound of this batch, as if it had long been remembered
         memory = {"mean": -mean_loss(params, trained, memory, jax.random.key(1)), "share": jnp.ones(())}

@@ -646,7 +646,7 @@ def codes_figure(record: dict[str, Any]) -> Figure:
     rows = [(name, what) for name, what in wanted if what in cells.get(name, {}).get("pictures", {})]
     figure = Figure(figsize=(7.5, 0.8 * len(rows)), layout="constrained")
     for ax, (name, what) in zip(np.ravel(figure.subplots(len(rows), 1, squeeze=False)), rows, strict=True):
-        ax.imshow(np.hstack(unpacked(cells[name]["pictures"][what], pixels)), cmap="gray", vmin=0, vmax=255)
+        ax.imshow(np.hstack(list(unpacked(cells[name]["pictures"][what], pixels))), cmap="gray", vmin=0, vmax=255)
         label = "data" if what == "data" else f"{name}:\n{what}"
         ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize="small")
         ax.set(xticks=[], yticks=[])

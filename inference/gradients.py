@@ -185,7 +185,7 @@ class ScoreFunction(GradientEstimator):
     Args:
         pathwise_where_possible: take the pathwise gradient at reparameterised sites; False scores every site.
         baseline: see above.
-        decay: of the running mean.
+        baseline_decay: of the running mean.
         baseline_units: hidden units of the learned baseline.
 
     Raises: InvalidArgument for an unknown baseline; with a learned one, for data that the network cannot read.
@@ -196,12 +196,13 @@ class ScoreFunction(GradientEstimator):
 
     pathwise_where_possible: bool = True
     baseline: Baseline = "leave-one-out"
-    decay: float = 0.9
+    baseline_decay: float = 0.9
     baseline_units: int = 100
 
     def __post_init__(self) -> None:
         one_of("baseline", self.baseline, get_args(Baseline))
-        number("decay", self.decay, lambda v: 0 <= v < 1, "lie in [0, 1)", "Pass decay=0.9, say")
+        todo = "Pass baseline_decay=0.9, say"
+        number("baseline_decay", self.baseline_decay, lambda v: 0 <= v < 1, "lie in [0, 1)", todo)
         whole_number("baseline_units", self.baseline_units)
 
     @property
@@ -231,7 +232,7 @@ class ScoreFunction(GradientEstimator):
         if not terms.memory:
             return {}
         old, value = terms.memory, bound.value(stop_gradient(terms.log_weight)).mean()
-        keep = self.decay
+        keep = self.baseline_decay
         return {"mean": keep * old["mean"] + (1 - keep) * value, "share": keep * old["share"] + (1 - keep)}
 
     def check_terms(self, bound: Bound, terms: Terms) -> None:

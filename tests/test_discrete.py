@@ -188,7 +188,7 @@ def test_the_thermodynamic_covariance_follows_its_own_definition(engine: str) ->
             centred = log_weight - (w * log_weight).sum(axis=0)
             potential = (1 - left) * log_q + left * log_p
             total = total + (right - left) * (w * (log_p - log_q + centred * potential)).sum(axis=0)
-        return probability @ total
+        return float(probability @ total)
 
     want = oracles.differentiate(climbed, TOY.params, list(TOY.params))
     (found,) = oracles.estimates(engine, TOY, [TVO(3, 3, gradient=Covariance())], DRAWS, seed=6)
@@ -359,7 +359,7 @@ def test_refused_with_the_name_of_one_that_fits(engine: str, toy: Toy, objective
         (lambda: REBAR(eta=-0.1), r"eta must be finite and at least 0; got -0\.1"),
         (lambda: RWS(wake=-1.0), r"wake must be finite and at least 0"),
         (lambda: RWS(0.0, 0.0), r"wake \+ sleep must be above 0"),
-        (lambda: ScoreFunction(decay=1.0), r"decay must lie in \[0, 1\)"),
+        (lambda: ScoreFunction(baseline_decay=1.0), r"baseline_decay must lie in \[0, 1\)"),
         (lambda: NVIL(baseline_units=0), r"baseline_units must be"),
     ],
 )  # fmt: skip
@@ -482,7 +482,7 @@ def test_the_learned_baseline_learns(engine: str) -> None:
             lib.sample("z", lib.dist.Bernoulli(logits=a * x[:, 0]))
 
     x = lib.array(np.linspace(-1.5, 1.5, 12)[:, None])
-    gradient = NVIL(baseline_units=8, decay=0.5)
+    gradient = NVIL(baseline_units=8, baseline_decay=0.5)
     if engine == "numpyro":
         import jax
         import numpyro
