@@ -51,7 +51,7 @@ from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.evaluation import Evaluation, PerDatum, evaluate
 from elbozoo.inference.parts import one_of, whole_number
 from elbozoo.inference.training import CHECKPOINT, WEIGHTS
-from elbozoo.zoo import MLP, VAE, Bernoulli, Likelihood, Network, Prior, Spec
+from elbozoo.zoo import MLP, VAE, Bernoulli, Likelihood, Network, Prior, Quantizer, Spec
 
 out = Console(highlight=False)
 
@@ -241,7 +241,7 @@ def train_command(spec: type[Spec]) -> type[Train]:
     """``Train`` with the options of one model, and of everything that an objective can be made of."""
     defaults = {f.name: f.default_factory for f in dataclasses.fields(spec) if callable(f.default_factory)}
     pieces = {o: (kind, options.command_name(type(defaults[o]()))) for o, kind in options.nested(spec).items()}
-    names = {"objective": "elbo", "gradient": "pathwise", "shape": ""}
+    names = {"objective": "elbo", "gradient": spec.fitting_gradient, "shape": ""}
     kinds = {o: (kind, names[o]) for o, kind in options.OBJECTIVE.items()}
     about = "What is maximised. A setting in [brackets] goes with the choice it names."
     groups = {
@@ -519,7 +519,9 @@ def save_netcdf(run: Run, data: np.ndarray, num_draws: int, path: Path) -> None:
 # --- list, demo ---------------------------------------------------------------------------------------------------
 
 KINDS = {"models": Spec, "networks": Network, "likelihoods": Likelihood, "guides": Family, "priors": Prior}
-KINDS |= {f"{option}s": kind for option, kind in options.OBJECTIVE.items()} | {"starts": Start}
+KINDS |= (
+    {"quantizers": Quantizer} | {f"{option}s": kind for option, kind in options.OBJECTIVE.items()} | {"starts": Start}
+)
 
 
 @dataclass(frozen=True, kw_only=True)

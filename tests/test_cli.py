@@ -36,6 +36,7 @@ from elbozoo.inference import (
     Collapsed,
     DReG,
     FreeBits,
+    GradientEstimator,
     Run,
     ScoreFunction,
     Shape,
@@ -119,6 +120,23 @@ def test_every_setting_of_a_part_is_documented(cls: type):
     assert [name for name, setting in options.settings(cls).items() if not setting.help] == []
 
 
+@pytest.mark.parametrize("name", [n for n, c in options.choices(Spec).items() if c.fitting_gradient != "pathwise"])
+@pytest.mark.numpyro
+def test_the_default_gradient_fits_the_model(name: str) -> None:
+    """What ``elbozoo train <model>`` takes unless told otherwise is not refused by the model's sites."""
+    import jax
+
+    from elbozoo.inference.numpyro_engine import particles
+
+    spec = options.choices(Spec)[name](data_dim=4)
+    chosen = cli.train_command(options.choices(Spec)[name])().objective.gradient
+    objective = ELBO(gradient=options.choose("gradient", GradientEstimator, chosen)())
+    program, x = spec.numpyro(), np.zeros((3, 4))
+    params, _, _ = program.init(jax.random.key(0), x)
+    terms, _ = particles(jax.random.key(1), params, program.model_fn, program.guide_fn, (x,))
+    objective.check(terms)
+
+
 @pytest.mark.parametrize(
     "command", [c for c in cli.COMMANDS if c != "train"] + [f"train {m}" for m in options.choices(Spec)]
 )
@@ -139,7 +157,17 @@ def test_every_option_has_help(command: str, capsys: pytest.CaptureFixture[str])
 def test_list_names_everything_with_its_first_line(capsys: pytest.CaptureFixture[str]):
     assert run("list") == 0
     text = capsys.readouterr().out
-    for kind in ("models", "networks", "likelihoods", "guides", "priors", "objectives", "gradients", "shapes"):
+    for kind in (
+        "models",
+        "networks",
+        "likelihoods",
+        "guides",
+        "priors",
+        "quantizers",
+        "objectives",
+        "gradients",
+        "shapes",
+    ):
         assert re.search(rf"^{kind}", text, re.MULTILINE)
     names = {"VAE": "vae", "LinearVAE": "linear-vae", "DReG": "dreg", "STL": "stl", "Renyi": "renyi", "Conv": "conv"}
     names |= {"FullCovarianceGaussian": "full-covariance-gaussian", "ScoreFunction": "score-function", "MLP": "mlp"}

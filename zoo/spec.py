@@ -27,6 +27,9 @@ class Spec(Part):
     generative: ClassVar[bool] = True
     """Whether the model is a distribution of data; else nothing can be drawn from it, nor its likelihood evaluated."""
 
+    fitting_gradient: ClassVar[str] = "pathwise"
+    """The gradient estimator that fits its sites, by the name it has on the command line: the default there."""
+
     def pyro(self, name: str = "") -> elbozoo.inference.pyro_engine.Program:
         """The program in Pyro: ``.model`` and ``.guide`` are PyroModules.
 

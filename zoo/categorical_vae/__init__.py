@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from elbozoo.inference.parts import instance_of, whole_number
 from elbozoo.zoo.likelihoods import Bernoulli, Likelihood
@@ -54,6 +54,8 @@ class CategoricalVAE(Spec):
         >>> CategoricalVAE(data_dim=64, num_latents=4, num_categories=5, network=MLP((16,))).num_codes
         20
     """
+
+    fitting_gradient: ClassVar[str] = "gumbel-softmax"
 
     data_dim: int = 784
     num_latents: int = 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from elbozoo.guides import DiagonalGaussian, Family
 from elbozoo.inference.errors import must
@@ -63,6 +63,8 @@ class GaussianMixtureVAE(Spec):
         >>> GaussianMixtureVAE(data_dim=64, num_clusters=3).num_clusters
         3
     """
+
+    fitting_gradient: ClassVar[str] = "enumerate"
 
     data_dim: int = 784
     num_clusters: int = 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -72,6 +72,8 @@ class SemiSupervisedVAE(Spec):
         >>> spec = SemiSupervisedVAE(data_dim=64, latent_dim=8)
         >>> spec.check_data(np.zeros((3, 64)), np.array([-1, 0, 9]))
     """
+
+    fitting_gradient: ClassVar[str] = "enumerate"
 
     data_dim: int = 784
     num_classes: int = 10

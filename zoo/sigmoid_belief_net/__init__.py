@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from elbozoo.inference.errors import must
 from elbozoo.inference.parts import instance_of, whole_number, whole_numbers
@@ -63,6 +63,8 @@ class SigmoidBeliefNet(Spec):
         >>> SigmoidBeliefNet(data_dim=64, latent_dims=(8, 4)).decoder_sizes
         ((8, 64), (4, 8))
     """
+
+    fitting_gradient: ClassVar[str] = "nvil"
 
     data_dim: int = 784
     latent_dims: tuple[int, ...] = (200,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -66,6 +66,8 @@ class VQVAE(Spec):
         >>> spec.num_indices
         4
     """
+
+    fitting_gradient: ClassVar[str] = "straight-through"
 
     data_dim: int = 784
     num_latents: int = 16
