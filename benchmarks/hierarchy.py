@@ -9,7 +9,8 @@ docs/design/0004), and Adam at 5e-4 for 2e-4. Pixels are redrawn at every step w
 take 7/8 of the run (in the paper a tenth of one that is many times longer).
 
 Reported for each seed: NLL with K importance samples on held-out images (one binary draw of each, the same for all),
-nats and active units of each layer. The default is a small share of the paper's 2000 epochs, stated in each cell;
+nats and active units of each layer. A cell in which a seed's training met nan or infinity says so and has no figures.
+The default is a small share of the paper's 2000 epochs, stated in each cell;
 ``--num-train 60000 --epochs 2000 --warmup 0.1 --hidden 512 256 128 64 32 --learning-rate 2e-4`` is its protocol.
 
     python benchmarks/hierarchy.py --data-dir DIR
@@ -29,7 +30,17 @@ import tyro
 
 from elbozoo.benchmarks.datasets import load
 from elbozoo.benchmarks.records import Record, compiled_once
-from elbozoo.inference import ELBO, Adam, AnnealedKL, FreeBits, LayerwiseAnnealedKL, Objective, evaluate, fit
+from elbozoo.inference import (
+    ELBO,
+    Adam,
+    AnnealedKL,
+    FreeBits,
+    LayerwiseAnnealedKL,
+    NonFinite,
+    Objective,
+    evaluate,
+    fit,
+)
 from elbozoo.inference.arrays import standard_error
 from elbozoo.zoo import HierarchicalVAE, LadderVAE
 
@@ -114,6 +125,14 @@ def grid(config: Config) -> list[tuple[int, str, str]]:
     return [(layers, guide, objective) for layers, objective, guide in every if worth(layers, guide, objective)]
 
 
+def measure_or_say(config: Config, layers: int, guide: str, objective: str) -> dict[str, Any]:
+    """The figures of one cell, or where its training ended."""
+    try:
+        return measure(config, layers, guide, objective)
+    except NonFinite as error:
+        return {"layers": layers, "guide": guide, "objective": objective, "diverged": str(error).splitlines()[0]}
+
+
 def measure(config: Config, layers: int, guide: str, objective: str) -> dict[str, Any]:
     """Train and evaluate the seeds of one cell."""
     data = load(config.data, data_dir=config.data_dir)
@@ -160,8 +179,14 @@ def measure(config: Config, layers: int, guide: str, objective: str) -> dict[str
 # --- what is claimed, and whether it held ---------------------------------------------------------------------------
 
 
+def ended(cells: Cells) -> Cells:
+    """The cells whose training came to its end."""
+    return {key: cell for key, cell in cells.items() if "diverged" not in cell}
+
+
 def gap(cells: Cells, one: str, two: str) -> tuple[float, float] | None:
     """How much higher the mean NLL of cell ``one`` is than that of ``two``, paired by seed, and its standard error."""
+    cells = ended(cells)
     if one not in cells or two not in cells:
         return None
     difference = np.subtract(cells[one]["nll"], cells[two]["nll"])
@@ -170,7 +195,7 @@ def gap(cells: Cells, one: str, two: str) -> tuple[float, float] | None:
 
 def nats(cells: Cells, key: str) -> np.ndarray | None:
     """Nats of each layer, next to the data first, the mean over seeds."""
-    return np.mean(cells[key]["nats"], axis=0) if key in cells else None
+    return np.mean(cells[key]["nats"], axis=0) if key in ended(cells) else None
 
 
 def claims(cells: Cells) -> dict[str, bool]:
@@ -219,7 +244,10 @@ def main(config: Config) -> None:
     with compiled_once():  # cells that differ in their objective are evaluated by one program
         for layers, guide, objective in grid(config):
             key = f"{layers}-{guide}-{objective}"
-            cell = record.cell(key, lambda c=(layers, guide, objective): measure(config, *c))
+            cell = record.cell(key, lambda c=(layers, guide, objective): measure_or_say(config, *c))
+            if "diverged" in cell:
+                print(f"{key}: {cell['diverged']}", flush=True)
+                continue
             by_layer = " ".join(f"{n:.2f}" for n in np.mean(cell["nats"], axis=0))
             seconds = cell["train_seconds"] + cell["evaluate_seconds"]
             nll = f"NLL {np.mean(cell['nll']):.2f} (K={config.num_particles})"

@@ -47,7 +47,8 @@ class Record:
     """A result file that grows cell by cell, so that a stopped benchmark goes on where it was.
 
     Args:
-        path: the JSON file. An existing one is continued, if it is of the same settings, versions and machine.
+        path: the JSON file. An existing one is continued, if it is of the same settings, versions and machine (the
+            build of its operating system aside).
         question: what the benchmark asks: the first paragraph of its docstring.
         config: its arguments (a frozen dataclass).
         engines: whose versions count.
@@ -70,7 +71,7 @@ class Record:
                 f"{part}.{name}"
                 for part, values in about.items()
                 for name in values
-                if name not in grid and found[part].get(name) != values[name]
+                if name not in (*grid, "system") and found[part].get(name) != values[name]
             ]
             if other and cells:
                 todo = "Pass another --results file, or delete this one to measure anew"

@@ -285,7 +285,7 @@ def hierarchy(record: dict[str, Any]) -> str:
     cells, config = record["cells"], record["config"]
     order = hierarchy_script.Config.objectives
     ordered = sorted(cells.values(), key=lambda c: (c["layers"], c["guide"], order.index(c["objective"])))
-    any_cell = ordered[0]
+    any_cell = next(iter(hierarchy_script.ended(cells).values()))
     setting = (
         f"{len(cells)} of {len(hierarchy_script.grid(hierarchy_script.Config()))} cells, "
         f"{len(any_cell['nll'])} seeds each, {config['num_train']} images, {config['epochs']} epochs "
@@ -301,6 +301,8 @@ def hierarchy(record: dict[str, Any]) -> str:
 
 
 def _hierarchy_row(cells: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
+    if "diverged" in cell:
+        return [str(cell["layers"]), cell["guide"], cell["objective"], "diverged", "", "", ""]
     base = f"{cell['layers']}-{cell['guide']}"
     gain = (
         None
@@ -322,7 +324,7 @@ def hierarchy_figure(record: dict[str, Any]) -> Figure:
     """Nats of each of the most layers that there are, one panel a guide, one line an objective."""
     from matplotlib.figure import Figure
 
-    cells = list(record["cells"].values())
+    cells = list(hierarchy_script.ended(record["cells"]).values())
     deepest = max(cell["layers"] for cell in cells)
     guides = [g for g in ("bottom-up", "ladder") if any(c["guide"] == g and c["layers"] == deepest for c in cells)]
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
