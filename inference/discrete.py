@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -67,6 +67,13 @@ def _discrete(terms: Terms) -> list[str]:
     return [name for name, site in terms.sites.items() if _is_discrete(site)]
 
 
+def _refuse_two_bounds(estimator: str, bound: Bound) -> None:
+    """A relaxed program has one set of paths, and so one bound for model and guide to climb."""
+    if bound.model_bound is not bound:
+        todo = "Use IWAE or MIWAE, or gradient=VIMCO()"
+        raise must(f"bound under {estimator}", "be one for model and guide", type(bound).__name__, todo, Refused)
+
+
 def _score(site: Site) -> Array:
     """``log q`` of the site's value as it was drawn."""
     return site.log_guide if site.score is None else site.score
@@ -97,7 +104,8 @@ class _Antithetic(DiscreteEstimator):
         logits = stop_gradient(draw.logits)
         uniform = _uniform_given(xp, logits, draw.drawn, draw.uniform())
         opposite = _indicator(uniform < _sigmoid(xp, logits), logits)  # the draw was 1[1 - u < p]
-        return Choice(opposite, score=self.coefficient(xp, logits, draw.drawn, opposite, uniform) * draw.logits)
+        value = xp.where(opposite == draw.drawn, draw.drawn, 1 - draw.drawn)  # of the draw's own type
+        return Choice(value, score=self.coefficient(xp, logits, draw.drawn, opposite, uniform) * draw.logits)
 
     @abstractmethod
     def coefficient(self, xp: Any, logits: Array, drawn: Array, opposite: Array, uniform: Array) -> Array:
@@ -227,7 +235,7 @@ class GumbelSoftmax(DiscreteEstimator):
 
     Limits: Bernoulli and OneHotCategorical sites. A program that tests its state (``z == 1``) has no gradient here.
     Raises: InvalidArgument unless the temperature is above 0.
-    References: Jang, Gu & Poole 2017 (arXiv 1611.01144), eqs. 2, 3; Maddison, Mnih & Teh 2017 (arXiv 1611.00712), who
+    References: Jang, Gu & Poole 2017 (arXiv 1611.01144), eqs. 1, 2; Maddison, Mnih & Teh 2017 (arXiv 1611.00712), who
         charge the densities of the relaxed variables where this charges those of the states.
     """
 
@@ -240,6 +248,10 @@ class GumbelSoftmax(DiscreteEstimator):
     @property
     def uses_step(self) -> bool:
         return callable(self.temperature)
+
+    def check_terms(self, bound: Bound, terms: Terms) -> None:
+        super().check_terms(bound, terms)
+        _refuse_two_bounds("GumbelSoftmax", bound)
 
     def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
         temperature = self.temperature(terms.step) if callable(self.temperature) else self.temperature
@@ -350,6 +362,7 @@ class StraightThrough(DiscreteEstimator):
     def check_terms(self, bound: Bound, terms: Terms) -> None:
         if _discrete(terms) or not _quantised(terms):
             super().check_terms(bound, terms)
+            _refuse_two_bounds("StraightThrough", bound)
 
     def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
         total = Pathwise().surrogate(bound, terms.again(self._pass) if _discrete(terms) else terms)
@@ -394,6 +407,13 @@ class Enumerate(DiscreteEstimator):
             todo = "Use ELBO, or VIMCO(), or leave the site out of the guide and mark it to be enumerated in the model"
             raise must("bound under Enumerate", "be the ELBO", type(bound).__name__, todo, Refused)
         joint_states(_enumerated(terms), f"the guide under {type(self).__name__}")
+        data = math.prod(terms.log_lik.shape)
+        for name, site in _enumerated(terms).items():
+            if math.prod(np.shape(terms.values[name])) != data * math.prod(site.event_shape):
+                todo = "Put all sites into the plates that they share, or use gradient=ScoreFunction()"
+                condition = "have one value for each particle and datum: each state is given to all of its entries"
+                got = f"values of shape {tuple(np.shape(terms.values[name]))}"
+                raise must(f"site '{name}' under Enumerate", condition, got, todo, Refused)
 
     def value(self, bound: Bound, terms: Terms) -> PerDatum:
         return stop_gradient(self.surrogate(bound, terms))
@@ -445,6 +465,23 @@ def joint_states(sites: Mapping[str, Site], whose: str) -> Mapping[str, np.ndarr
         index = np.array(joint)[:, start : start + count]
         out[name], start = choices[index].reshape((len(joint), *sites[name].event_shape)), start + count
     return out
+
+
+def check_one_state_an_entry(site: str, batch_shape: tuple[int, ...], plates: Collection[int]) -> None:
+    """Refuse a site whose batch has entries that no plate holds: they would all be given one state.
+
+    Args:
+        site: its name.
+        batch_shape: of its distribution.
+        plates: the dims of the plates around it, counted from the right.
+
+    Raises: Refused.
+    """
+    for dim in range(-len(batch_shape), 0):
+        if batch_shape[dim] > 1 and dim not in plates:
+            todo = "Put them into a plate, or make them one event with to_event"
+            condition = "have no batch entries outside of plates where its states are summed over"
+            raise must(f"site '{site}'", condition, f"batch shape {tuple(batch_shape)}", todo, Refused)
 
 
 def _entries(site: Site) -> tuple[int, np.ndarray]:

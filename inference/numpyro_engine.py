@@ -38,10 +38,19 @@ from numpyro.primitives import mutable as mutable_site
 from numpyro.util import check_model_guide_match
 
 from elbozoo.inference.arrays import plates_first
-from elbozoo.inference.discrete import joint_states
+from elbozoo.inference.discrete import check_one_state_an_entry, joint_states
 from elbozoo.inference.errors import InvalidArgument, Refused, must
 from elbozoo.inference.objectives import Objective
-from elbozoo.inference.terms import Choice, Draw, Site, Terms, check_drawn_for, check_made_of, own_parameters
+from elbozoo.inference.terms import (
+    Choice,
+    Draw,
+    Site,
+    Terms,
+    check_drawn_for,
+    check_made_of,
+    own_parameters,
+    refuse_summed_out,
+)
 from elbozoo.inference.weights import BUFFERS, from_torch_layout, to_torch_layout
 
 _STEP = "elbozoo_step"
@@ -129,7 +138,7 @@ def _logits(fn: Any) -> Any:
         return None if inner is None else jnp.broadcast_to(inner, shape + inner.shape[len(fn.batch_shape) :])
     family = _family(fn)
     if family == "Bernoulli":
-        return fn.logits
+        return jnp.asarray(fn.logits)
     return jax.nn.log_softmax(fn.logits) if family in ("Categorical", "OneHotCategorical") else None
 
 
@@ -470,6 +479,7 @@ def _check_summed_out(samples: Mapping[str, Any], names: list[str], later: list[
             todo = "Draw it in the guide"
             got = _family(_strip(samples[name]["fn"])[0])
             raise must(f"site '{name}', marked to be enumerated,", "be Bernoulli or categorical", got, todo, Refused)
+        check_one_state_an_entry(name, samples[name]["fn"].batch_shape, {f.dim for f in first["cond_indep_stack"]})
     for name in later:
         site = samples[name]
         within = set(first["cond_indep_stack"]) <= set(site["cond_indep_stack"])
@@ -1112,7 +1122,13 @@ class Program:
 
             def compute(params: Params, values: Any, args: tuple) -> Any:
                 model = seed_handler(self.model_fn, random.key(0))  # a plate draws its subsample, of all it is given
-                return jax.lax.map(lambda z: log_density(model, args, {}, {**params, **z})[0], values)
+
+                def one(z: Any) -> Any:
+                    density, found = log_density(model, args, {}, {**params, **z})
+                    refuse_summed_out(n for n, s in _samples(found).items() if _is_summed_out(s) and n not in z)
+                    return density
+
+                return jax.lax.map(one, values)
 
             cache["log_density"] = jax.jit(compute)
         return np.asarray(cache["log_density"](self._all_params(), dict(values), args))
@@ -1183,11 +1199,15 @@ class Program:
                 model_key, guide_key, draw_key = random.split(key, 3)
                 model = substitute(seed_handler(self.model_fn, model_key), data={**params, **(values or {})})
                 if not prior and values is None:
-                    model = replay(
-                        model, trace(substitute(seed_handler(self.guide_fn, guide_key), data=params)).get_trace(*args)
-                    )
+                    seeded = substitute(seed_handler(self.guide_fn, guide_key), data=params)
+                    guide_trace = trace(seeded).get_trace(*args)
+                    model = replay(model, guide_trace)
                 out: dict[str, dict[str, Any]] = {"latent": {}, "observed": {}, "mean": {}}
-                for i, (name, site) in enumerate(_samples(trace(model).get_trace(*args)).items()):
+                samples, known = _samples(trace(model).get_trace(*args)), values or {}
+                if not prior and values is None:
+                    known = guide_trace
+                refuse_summed_out(n for n, s in samples.items() if not prior and _is_summed_out(s) and n not in known)
+                for i, (name, site) in enumerate(samples.items()):
                     if not site["is_observed"]:
                         out["latent"][name] = site["value"]
                     elif site["fn"].shape():

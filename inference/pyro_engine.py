@@ -27,10 +27,19 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import kl_divergence, transform_to
 
 from elbozoo.inference.arrays import plates_first
-from elbozoo.inference.discrete import joint_states
+from elbozoo.inference.discrete import check_one_state_an_entry, joint_states
 from elbozoo.inference.errors import InvalidArgument, Refused, must
 from elbozoo.inference.objectives import Objective
-from elbozoo.inference.terms import Choice, Draw, Site, Terms, check_drawn_for, check_made_of, own_parameters
+from elbozoo.inference.terms import (
+    Choice,
+    Draw,
+    Site,
+    Terms,
+    check_drawn_for,
+    check_made_of,
+    own_parameters,
+    refuse_summed_out,
+)
 from elbozoo.inference.weights import check_names
 
 _PARTICLES = "num_particles_vectorized"  # the name Pyro's own losses give this plate
@@ -164,6 +173,9 @@ def _log_prob(site: Any, layout: _Layout, particle_dim: int | None) -> tuple[tor
 
 def _density(fn: Any, value: torch.Tensor) -> torch.Tensor:
     """``fn.log_prob(value)``; a one-hot distribution's is continued linearly between the states, not rounded."""
+    if isinstance(fn, MaskedDistribution):
+        log_prob = _density(fn.base_dist, value)
+        return torch.where(torch.as_tensor(fn._mask), log_prob, log_prob.new_zeros(()))
     if isinstance(fn, dist.OneHotCategorical) and not fn._validate_args:
         return (value * fn.logits.clamp(min=torch.finfo(value.dtype).min)).sum(dim=-1)
     return fn.log_prob(value)
@@ -293,6 +305,8 @@ def _check_summed_out(samples: Mapping[str, Any], names: list[str], later: list[
         if _num_classes(base) == 0:
             todo, got = "Draw it in the guide", type(base).__name__
             raise must(f"site '{name}', marked to be enumerated,", "be Bernoulli or categorical", got, todo, Refused)
+        plates = {f.dim for f in first["cond_indep_stack"] if f.vectorized}
+        check_one_state_an_entry(name, tuple(samples[name]["fn"].batch_shape), plates)
     for name in later:
         site = samples[name]
         within = set(first["cond_indep_stack"]) <= set(site["cond_indep_stack"])
@@ -310,7 +324,9 @@ def _check_summed_out(samples: Mapping[str, Any], names: list[str], later: list[
 
 
 def _masked_log_prob(site: Any) -> torch.Tensor:
-    log_prob = site["fn"].log_prob(site["value"])
+    fn, factors = _strip(site["fn"])
+    log_prob = _density(fn, site["value"])
+    log_prob = log_prob.sum(dim=list(range(-factors, 0))) if factors else log_prob
     if site["mask"] is None:
         return log_prob
     return torch.where(torch.as_tensor(site["mask"]), log_prob, log_prob.new_zeros(()))
@@ -442,6 +458,14 @@ def owners(*fns: Callable) -> list[torch.nn.Module]:
         if isinstance(owner, torch.nn.Module) and all(owner is not m for m in found):
             found.append(owner)
     return found
+
+
+def _refuse_dropout(module: torch.nn.Module) -> None:
+    """A guide that runs again draws other masks: the first draw would be held against another distribution's odds."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
+            todo = "Use gradient=ScoreFunction() or VIMCO(), or train without dropout"
+            raise must("the program", "have no dropout under a gradient that runs it again", repr(part), todo, Refused)
 
 
 @contextmanager
@@ -596,6 +620,8 @@ def particles(
 
     def choose_values(run: _Run, pair: tuple[Callable, Callable], chooser: _Choose) -> tuple[_Run, dict[str, Choice]]:
         """Guide and model run again at chosen values; a relaxed one lies between the states, so none is validated."""
+        for module in modules:
+            _refuse_dropout(module)
         with poutine.block(), pyro.validation_enabled(False), kept_buffers(modules, buffers):
             with chooser, _Replay(run.subsamples):
                 guide_trace = poutine.trace(pair[1]).get_trace(*args, **kwargs)
@@ -868,6 +894,7 @@ def _mixes_particles(
         with _Replay({**alone.subsamples, **values}):
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+        model_trace = _marginalised(model_trace, model, args, kwargs, {**alone.subsamples, **values}, guide_trace)
         run = replace(alone, guide_trace=guide_trace, model_trace=model_trace)
         return _densities(run, layout, None)[:, 0]
 
@@ -1229,7 +1256,9 @@ class Program:
             out = []
             for k in range(len(next(iter(given.values())))):
                 with _Replay({name: value[k] for name, value in given.items()}):
-                    out.append(float(poutine.trace(self.model).get_trace(*inputs).log_prob_sum()))
+                    trace = poutine.trace(self.model).get_trace(*inputs)
+                refuse_summed_out(n for n, s in _samples(trace).items() if _is_summed_out(s) and n not in given)
+                out.append(float(trace.log_prob_sum()))
         return np.array(out)
 
     def localised(self, args: tuple, full_covariance: bool = False) -> Program:
@@ -1300,8 +1329,11 @@ class Program:
         with torch.no_grad(), self._running(seed):
             args = self._inputs(args)
             for k in range(num_particles):
-                with _Replay(self._latents(args, k, prior, values)):
+                known = self._latents(args, k, prior, values)
+                with _Replay(known):
                     trace = poutine.trace(self.model).get_trace(*args)
+                sites = _samples(trace).items()
+                refuse_summed_out(n for n, s in sites if not prior and _is_summed_out(s) and n not in known)
                 out: dict[str, dict[str, Any]] = {"latent": {}, "observed": {}, "mean": {}}
                 for name, site in _samples(trace).items():
                     if not site["is_observed"]:

@@ -6,14 +6,14 @@ Shapes: ``K`` particles first, then the plates that *every* site shares, ``*P`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtyping import Float
 
 from elbozoo.inference.arrays import Array
-from elbozoo.inference.errors import must
+from elbozoo.inference.errors import Refused, must
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,16 @@ class Choice:
     value: Any
     score: Any = None
     kept: Mapping[str, Any] = field(default_factory=dict)
+
+
+def refuse_summed_out(names: Iterable[str]) -> None:
+    """Refuse to go on from a guide's latents where the model has others that it is summed over: they are not known.
+
+    Raises: Refused.
+    """
+    for name in names:
+        todo = "Draw it in the guide, and train with ELBO(gradient=Enumerate()) or VIMCO()"
+        raise must("the guide", "draw every latent site of the model for this", f"'{name}' summed out", todo, Refused)
 
 
 _WORKED_OUT = {"scale_tril": {"covariance_matrix", "precision_matrix"}, "logits": {"probs"}}

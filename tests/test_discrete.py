@@ -16,10 +16,10 @@ import pytest
 from oracles import BINARY_LAYERS, DISCRETE, ONE_SITE, Nodes, Params, Toy, bernoulli, normal
 from scipy.special import expit
 
-from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate, GumbelSoftmax
+from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate, GumbelSoftmax, StraightThrough
 from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.gradients import NVIL, RWS, VIMCO, Covariance, ScoreFunction
-from elbozoo.inference.objectives import ELBO, IWAE, TVO
+from elbozoo.inference.objectives import ELBO, IWAE, PIWAE, TVO
 
 DRAWS = 200_000
 SIGMAS = 4.5
@@ -342,6 +342,8 @@ def test_gets_away_from_a_bad_start_where_the_plain_score_does_not(engine: str, 
         (DISCRETE, ELBO(2, RWS()), r"bound under RWS must be IWAE; got ELBO"),
         (DISCRETE, IWAE(1, RWS()), r"num_particles under RWS must be at least 2 in the wake phase; got 1"),
         (DISCRETE, IWAE(1, VIMCO()), r"num_particles under VIMCO must be at least 2; got 1. .*DisARM"),
+        (TOY, PIWAE(2, 2, GumbelSoftmax()), r"bound under GumbelSoftmax must be one for model and guide; got PIWAE"),
+        (TOY, PIWAE(2, 2, StraightThrough()), r"bound under StraightThrough must be one for model and guide"),
         (DISCRETE, IWAE(2, Covariance()), r"bound under Covariance must be TVO; got IWAE. .*ScoreFunction"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -366,6 +368,88 @@ def test_refused_with_the_name_of_one_that_fits(engine: str, toy: Toy, objective
 def test_settings_that_make_no_sense(make: Any, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         make()
+
+
+def test_entries_that_no_shared_plate_holds_are_not_enumerated_alike(engine: str) -> None:
+    """Three coins of one site: to give all of them one state would leave out six of eight states."""
+    lib = oracles.library(engine)
+
+    def model() -> None:
+        d = lib.sample("d", lib.dist.Bernoulli(logits=lib.array(np.zeros(3))))
+        lib.sample("x", lib.dist.Normal(1.0 * d.sum(), 1.0), obs=lib.array(1.5))
+
+    def guide() -> None:
+        lib.sample("d", lib.dist.Bernoulli(logits=lib.param("a", lib.array(np.array([0.4, -1.0, 0.2])))))
+
+    message = r"site 'd' under Enumerate must have one value for each particle and datum.*ScoreFunction"
+    with pytest.raises(Refused, match=message):
+        loss_of(engine, ELBO(gradient=Enumerate()), model, guide, {"a": np.array([0.4, -1.0, 0.2])})
+
+
+def loss_of(engine: str, objective: Any, model: Any, guide: Any, params: dict[str, np.ndarray]) -> float:
+    """The drop-in loss of a program without arguments."""
+    if engine == "numpyro":
+        import jax
+        import jax.numpy as jnp
+
+        from elbozoo.inference.numpyro_engine import Loss
+
+        given = {n: jnp.asarray(v) for n, v in params.items()}
+        return float(Loss(objective).loss(jax.random.key(0), given, model, guide))
+    import pyro
+
+    from elbozoo.inference.pyro_engine import Loss
+
+    pyro.clear_param_store()
+    return float(Loss(objective).loss(model, guide))
+
+
+@pytest.mark.numpyro
+def test_antithetic_states_can_index_an_array() -> None:
+    """They are of the type that the site is drawn in; a logit may be a plain number."""
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+
+    table = jnp.array([0.2, 1.3])
+
+    def model() -> None:
+        d = numpyro.sample("d", dist.Bernoulli(logits=0.3))
+        numpyro.sample("x", dist.Normal(table[d], 1.0), obs=0.5)
+
+    def guide() -> None:
+        numpyro.sample("d", dist.Bernoulli(logits=numpyro.param("a", jnp.array(0.1))))
+
+    for gradient in (DisARM(), ARM(), ScoreFunction()):
+        assert np.isfinite(loss_of("numpyro", ELBO(gradient=gradient), model, guide, {"a": np.array(0.1)}))
+
+
+@pytest.mark.pyro
+def test_a_guide_with_dropout_is_not_run_again() -> None:
+    import pyro
+    import pyro.distributions as dist
+    import torch
+
+    class Guide(pyro.nn.PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.5))
+
+        def forward(self) -> None:
+            pyro.sample("d", dist.Bernoulli(logits=self.net(torch.ones(1))[0]))
+
+    def model() -> None:
+        d = pyro.sample("d", dist.Bernoulli(torch.tensor(0.5)))
+        pyro.sample("x", dist.Normal(d, 1.0), obs=torch.tensor(0.5))
+
+    from elbozoo.inference.pyro_engine import Loss
+
+    guide = Guide()
+    with pytest.raises(Refused, match=r"the program must have no dropout under a gradient that runs it again"):
+        Loss(ELBO(gradient=DisARM())).loss_and_grads(model, guide)
+    Loss(ELBO(gradient=ScoreFunction())).loss_and_grads(model, guide)
+    guide.eval()
+    Loss(ELBO(gradient=DisARM())).loss_and_grads(model, guide)
 
 
 def test_too_many_states_to_enumerate(engine: str) -> None:
