@@ -4,8 +4,9 @@ Every model has the same networks (two ReLU layers each way), the same 8-bit lik
 VQ-VAEs and the categorical VAE have the same budget: 32 indices of 64 codes. Variants of the VQ-VAE: a codebook of
 moving averages that revives dead codes, one that gradients move; a learned autoregressive prior in place of the uniform
 one; two residual codebooks of 8 codes a position (the same budget) and a finite scalar grid of 8 x 8 levels; and, at a
-larger budget, 1024 codes with and without revival. The categorical VAE trains under Gumbel-softmax with a temperature that falls from 1 to 0.5, and is
-reported as the discrete model that it is. The autoencoder has no bottleneck in nats and no bound.
+larger budget, 1024 codes with and without revival. The categorical VAE trains under Gumbel-softmax with a temperature
+that falls from 1 to 0.5, and is reported as the discrete model that it is. The autoencoder has no bottleneck in nats
+and no bound.
 
 Reported on held-out images: minus the ELBO in bits/dim, distortion and rate in nats, how many codes are used (their
 perplexity), and pictures. One seed; the share of the original's 250,000 steps is in each cell.
