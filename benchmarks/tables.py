@@ -600,6 +600,33 @@ def _discrete_cell(cell: Mapping[str, Any]) -> str:
     return f"{cell['nll']:.2f} ± {cell['nll_se']:.2f} ({cell['elbo']:.2f}), {cell['train_seconds']:.0f}"
 
 
+# --- clusters -------------------------------------------------------------------------------------------------------
+
+
+def clusters(record: dict[str, Any]) -> str:
+    """NLL and agreement of the clusters with the digits, by how clusters are summed over."""
+    cells, config = record["cells"], record["config"]
+    first = next(iter(cells.values()))
+    setting = (
+        f"{config['num_train']} images, {config['epochs']} epochs, {len(first['nll'])} seeds; NLL with "
+        f"K = {first['num_particles']} on {first['num_data']} held-out images, whose choice has a standard error of "
+        f"{np.mean(first['nll_se']):.2f} nats that all cells share; ± is the standard deviation over seeds."
+    )
+    head = ["clusters", "NLL", "ELBO", "accuracy", "clusters used", "seconds"]
+    rows = [
+        [
+            name,
+            f"{np.mean(cell['nll']):.2f} ± {np.std(cell['nll'], ddof=1):.2f}",
+            f"{np.mean(cell['elbo']):.2f}",
+            f"{np.mean(cell['accuracy']):.3f} ± {np.std(cell['accuracy'], ddof=1):.3f}",
+            f"{np.mean(cell['clusters_used']):.1f} of {config['num_clusters']}",
+            f"{cell['train_seconds']:.0f}",
+        ]
+        for name, cell in cells.items()
+    ]
+    return "\n\n".join([setting, table(head, rows)])
+
+
 # --- codes ----------------------------------------------------------------------------------------------------------
 
 
@@ -685,6 +712,7 @@ FIGURE_WRITERS = {
     "local_minima": local_minima_figure,
 }
 WRITERS = {
+    "clusters": clusters,
     "codes": codes,
     "depth": depth,
     "discrete": discrete,

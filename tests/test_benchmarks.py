@@ -19,8 +19,8 @@ from elbozoo.inference.errors import InvalidArgument
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SCRIPTS = {"__init__", "datasets", "records", "tables"}
-SMOKE = ["codes", "depth", "discrete", "guides", "hierarchy", "instruments", "iwae_mnist", "local_minima", "overhead"]
-SMOKE += ["semi_supervised"]
+SMOKE = ["clusters", "codes", "depth", "discrete", "guides", "hierarchy", "instruments", "iwae_mnist", "local_minima"]
+SMOKE += ["overhead", "semi_supervised"]
 
 
 def test_every_script_has_a_smoke_row() -> None:
