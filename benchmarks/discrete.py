@@ -254,11 +254,13 @@ def orders_of_nll(cells: Cells) -> dict[str, bool]:
     found: dict[str, bool] = {}
     for name in ("linear", "nonlinear"):
         nll = {c["estimator"]: c["nll"] for c in cells.values() if c.get("net") == name}
+        error = {c["estimator"]: c["nll_se"] for c in cells.values() if c.get("net") == name}
         pairs = [("score", "nvil"), ("nvil", "rebar"), ("nvil", "concrete"), ("nvil", "arm"), ("nvil", "disarm")]
         pairs += [("score", "vimco-5"), ("nvil", "vimco-50"), ("vimco-5", "vimco-50"), ("rws-5", "rws-50")]
         for worse, better in pairs:
             if worse in nll and better in nll:
-                found[f"{name}: {better} has a lower NLL than {worse}"] = nll[better] < nll[worse]
+                claim = f"{name}: {better} has a lower NLL than {worse}, by more than the standard error of one"
+                found[claim] = nll[worse] - nll[better] > error[better]
     return found
 
 
