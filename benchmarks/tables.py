@@ -563,10 +563,15 @@ def discrete(record: dict[str, Any]) -> str:
     if nets:
         first = next(iter(nets.values()))
         head = ["estimator", "K in training", *(f"{net}: NLL ± s.e. (ELBO), seconds" for net in config["nets"])]
+        by_name = {name: {n: nets.get(f"{n}-{name}") for n in config["nets"]} for name in config["estimators"]}
         rows = [
-            [name, str(found[0]["training_particles"]), *(_discrete_cell(c) for c in found)]
-            for name in config["estimators"]
-            if len(found := [nets[k] for n in config["nets"] if (k := f"{n}-{name}") in nets]) == len(config["nets"])
+            [
+                name,
+                next(str(c["training_particles"]) for c in found.values() if c),
+                *map(_discrete_cell, found.values()),
+            ]
+            for name, found in by_name.items()
+            if any(found.values())
         ]
         parts += [
             f"{config['num_train']} images, {config['epochs']} epochs in batches of {config['batch_size']} "
@@ -596,7 +601,9 @@ def discrete(record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _discrete_cell(cell: Mapping[str, Any]) -> str:
+def _discrete_cell(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return "not run"
     return f"{cell['nll']:.2f} ± {cell['nll_se']:.2f} ({cell['elbo']:.2f}), {cell['train_seconds']:.0f}"
 
 
