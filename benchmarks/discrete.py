@@ -294,7 +294,7 @@ def main(config: Config) -> None:
         small: dict[str, Any] = {
             "data": "digits",
             "nets": ("linear",),
-            "estimators": ("vimco-5",),
+            "estimators": ("score", "vimco-5"),
             "variances": ("nvil",),
             "units": 5,
             "num_train": 200,

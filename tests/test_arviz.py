@@ -120,7 +120,9 @@ class Pictures:
     engine, float_dtype = "numpyro", np.dtype(float)
 
     def __init__(self, image_shape: tuple[int, ...] = (), scope: str = ""):
-        self.spec = SimpleNamespace(network=SimpleNamespace(image_shape=image_shape), data_dim=6, check=lambda x: None)
+        self.spec = SimpleNamespace(
+            network=SimpleNamespace(image_shape=image_shape), data_dim=6, check_data=lambda *x: None
+        )
         self.z, self.x = f"{scope}z", f"{scope}x"
 
     def apply(self, fn: Any, args: tuple, *, num_particles: int, seed: int) -> Any:

@@ -312,7 +312,7 @@ REFUSED = {
     "train vae --activation rleu": r"activation .*'relu'\.",
     "train vae --alpha 2": r"--alpha must go with --objective renyi; got .* elbo .*leave --alpha out\.",
     "train vae --warmup 2": r"--warmup must go with --shape annealed-kl or --shape capacity or --shape layerwise-annealed-kl; got ",
-    "train vae --channels 4": r"--channels must go with --network conv; got ",
+    "train vae --channels 4": r"--channels must go with --network conv or --network fully-conv; got ",
     "train vae --objective ciwae --shape beta --beta 1": r"--beta must belong to one .*; got ciwae and beta\.",
     "train vae --objective iwae --num-particles 0": r"num_particles must be a whole number of at least 1; got 0\.",
     "train vae --objective renyi --alpha 1": r"alpha must .*; got 1\.0\.",

@@ -314,15 +314,29 @@ def trained_guide(engine: str, objective: Any, steps: int, seed: int) -> tuple[n
     return expit(pyro.param("a").detach().numpy()), posterior
 
 
+def multi_sample_bound(probabilities: np.ndarray, posterior: np.ndarray) -> float:
+    """``E[log 1/3 Σ w] - log p(x)`` of three particles, every combination of which is counted; bits are alike."""
+    bits = np.array(list(itertools.product(STATES, repeat=BITS)))
+    log_q = (bits * np.log(probabilities) + (1 - bits) * np.log1p(-probabilities)).sum(axis=1)
+    log_w = (bits * np.log(posterior) + (1 - bits) * np.log1p(-posterior)).sum(axis=1) - log_q
+    return oracles.expected(oracles.iwae, Nodes(np.exp(log_q), log_w, 0.0 * log_w), 3)
+
+
 @pytest.mark.filterwarnings("ignore:.*lies outside")
 @pytest.mark.parametrize("objective", [IWAE(3, VIMCO()), IWAE(30, RWS())], ids=["VIMCO", "RWS"])
 def test_gets_away_from_a_bad_start_where_the_plain_score_does_not(engine: str, objective: Any) -> None:
     """Every bound is some 60 nats: without a baseline each draw is made likelier, and nearly every draw is wrong.
 
-    The 3-sample bound that VIMCO climbs has its optimum at odds less sure than the posterior's, as such bounds do.
+    RWS comes to the posterior. So does VIMCO, slowly towards the end, where its 3-sample bound is flat: what it has still
+    to win of the 14.8 nats that the bound was loose by is under 0.1.
     """
-    found, posterior = trained_guide(engine, objective, 350, seed=0)
-    assert np.abs(found - posterior).max() < (0.1 if isinstance(objective.gradient, VIMCO) else 0.02)
+    found, posterior = trained_guide(engine, objective, 500, seed=0)
+    if isinstance(objective.gradient, VIMCO):
+        assert np.abs(found - posterior).max() < 0.2
+        assert multi_sample_bound(1 - np.round(posterior) * 0.964 - 0.018, posterior) == pytest.approx(-14.8, abs=0.2)
+        assert -0.1 < multi_sample_bound(found, posterior) <= 0.0
+    else:
+        assert np.abs(found - posterior).max() < 0.02
     stuck, _ = trained_guide(engine, ELBO(gradient=ScoreFunction(baseline="none")), 350, seed=0)
     assert np.abs(stuck - posterior).max() > 0.9
 

@@ -65,7 +65,7 @@ class Codebook(Quantizer):
     ``codebook.steps``.
 
     Args:
-        num_codes: K.
+        num_codes: K, codes in each codebook.
         code_dim: entries of a code.
         update: one of ``UPDATES``.
         decay: γ of the moving averages.
@@ -107,7 +107,7 @@ class Residual(Codebook):
     moving averages are those of :class:`Codebook`, of each codebook with its own residual in place of e.
 
     Args:
-        depth: codebooks.
+        depth: codebooks at each position.
 
     Limits: depth 1 is :class:`Codebook`.
     References: Zeghidour et al. 2021, SoundStream (arXiv 2107.03312), algorithm 1.
