@@ -21,13 +21,16 @@ from elbozoo import guides, inference, zoo
 from elbozoo.inference import Adam, Bound, GradientEstimator, Objective, Shape
 from elbozoo.inference.errors import must
 from elbozoo.inference.parts import Part, one_of
-from elbozoo.zoo import Spec
+from elbozoo.zoo import Likelihood, Network, Spec
 
 OBJECTIVE = {"objective": Bound, "gradient": GradientEstimator, "shape": Shape}
 """What an objective is chosen from, by the option that chooses it."""
 
 FROM_DATA = {"data_dim": None, "image_shape": "the data's", "levels": "the data's"}
 """Fields that the data settle where they can, and what stands for them in the help (None: not an option)."""
+
+OF_DATA = (Spec, Network, Likelihood)
+"""The kinds of part that have such fields: an image settles its levels, and not those of a grid of codes."""
 
 
 def command_name(cls: type) -> str:
@@ -89,16 +92,15 @@ def settings(cls: type) -> dict[str, Setting]:
     hints, said = get_type_hints(cls), arguments(cls)
     plain_fields = (f for f in dataclasses.fields(cls) if part_of(hints[f.name]) is None)
     return {
-        f.name: Setting(f.name, hints[f.name], _default(f), said.get(f.name, ""))
+        f.name: Setting(f.name, hints[f.name], _default(cls, f), said.get(f.name, ""))
         for f in plain_fields
-        if _from_data(f) is not None
+        if _from_data(cls, f.name) is not None
     }
 
 
-def _from_data(field: dataclasses.Field) -> str | None:
-    """The entry of ``FROM_DATA``; "" for a field that the data do not settle, as the levels of a grid of codes."""
-    own = field.name == "levels" and isinstance(field.default, tuple)
-    return "" if own else FROM_DATA.get(field.name, "")
+def _from_data(cls: type, name: str) -> str | None:
+    """The entry of ``FROM_DATA``; "" for a field that the data do not settle: of another kind of part, or another."""
+    return FROM_DATA.get(name, "") if issubclass(cls, OF_DATA) else ""
 
 
 def part_of(hint: Any) -> type | None:
@@ -162,8 +164,8 @@ def _annotation(takers: list[tuple[str, Setting]]) -> Any:
     return Annotated[Union[(*hints, None)], arg]
 
 
-def _default(field: dataclasses.Field) -> str:
-    if settled := _from_data(field):
+def _default(cls: type, field: dataclasses.Field) -> str:
+    if settled := _from_data(cls, field.name):
         return f"default: {settled}"
     value = field.default_factory() if callable(field.default_factory) else field.default
     if isinstance(value, tuple):
@@ -238,7 +240,7 @@ def assemble(spec: type[Spec], options: Mapping[str, Any], facts: Mapping[str, A
                 continue
             if field.name in given:
                 values[field.name] = _alone(given[field.name], get_type_hints(cls)[field.name])
-            elif field.name in facts and _from_data(field) != "":
+            elif field.name in facts and _from_data(cls, field.name) != "":
                 values[field.name] = facts[field.name]
             elif field.default is field.default_factory is dataclasses.MISSING:
                 option = _option(field.name)

@@ -7,10 +7,9 @@ of ours or of a user's program. What is reported is always the bound of the disc
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from elbozoo.inference.arrays import Array, namespace, stop_gradient, swap_each
+from elbozoo.inference.enumeration import joint_states
 from elbozoo.inference.errors import Refused, must
 from elbozoo.inference.gradients import GradientEstimator, Pathwise
 from elbozoo.inference.parts import number
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 PerDatum = Float[Any, "*P"]
 
 RELAXABLE = ("Bernoulli", "OneHotCategorical")
-MOST_STATES = 4096
 
 
 class DiscreteEstimator(GradientEstimator):
@@ -442,51 +441,3 @@ def _given(draw: Draw) -> Choice:
 def _enumerated(terms: Terms) -> dict[str, Site]:
     """The sites whose states are summed over."""
     return {n: terms.sites[n] for n in _discrete(terms)}
-
-
-def joint_states(sites: Mapping[str, Site], whose: str) -> Mapping[str, np.ndarray]:
-    """Every joint state of discrete sites, ``(states, *event)`` by site, whole numbers.
-
-    Args:
-        sites: of which the family, the event's shape and the number of classes count.
-        whose: what has these sites, for the error.
-
-    Raises: Refused where there are too many.
-    """
-    each = {n: _entries(site) for n, site in sites.items()}
-    total = math.prod(len(choices) ** count for count, choices in each.values())
-    if total > MOST_STATES:
-        todo = "Use gradient=VIMCO(), or DisARM() for Bernoulli sites"
-        raise must(whose, f"have at most {MOST_STATES} joint states", total, todo, Refused)
-    pools = [choices for count, choices in each.values() for _ in range(count)]
-    joint = list(itertools.product(*(range(len(pool)) for pool in pools)))
-    out, start = {}, 0
-    for name, (count, choices) in each.items():
-        index = np.array(joint)[:, start : start + count]
-        out[name], start = choices[index].reshape((len(joint), *sites[name].event_shape)), start + count
-    return out
-
-
-def check_one_state_an_entry(site: str, batch_shape: tuple[int, ...], plates: Collection[int]) -> None:
-    """Refuse a site whose batch has entries that no plate holds: they would all be given one state.
-
-    Args:
-        site: its name.
-        batch_shape: of its distribution.
-        plates: the dims of the plates around it, counted from the right.
-
-    Raises: Refused.
-    """
-    for dim in range(-len(batch_shape), 0):
-        if batch_shape[dim] > 1 and dim not in plates:
-            todo = "Put them into a plate, or make them one event with to_event"
-            condition = "have no batch entries outside of plates where its states are summed over"
-            raise must(f"site '{site}'", condition, f"batch shape {tuple(batch_shape)}", todo, Refused)
-
-
-def _entries(site: Site) -> tuple[int, np.ndarray]:
-    """How many entries with states of their own a value has, and an entry's states."""
-    size = math.prod(site.event_shape)
-    if site.guide_family == "OneHotCategorical":
-        return size // site.num_classes, np.eye(site.num_classes, dtype=np.int64)
-    return size, np.arange(site.num_classes)

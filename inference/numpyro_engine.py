@@ -38,7 +38,14 @@ from numpyro.primitives import mutable as mutable_site
 from numpyro.util import check_model_guide_match
 
 from elbozoo.inference.arrays import plates_first
-from elbozoo.inference.discrete import check_one_state_an_entry, joint_states
+from elbozoo.inference.enumeration import (
+    Marginal,
+    Placed,
+    check_summed_out,
+    joint_states,
+    marginal_terms,
+    refuse_summed_out,
+)
 from elbozoo.inference.errors import InvalidArgument, Refused, must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.terms import (
@@ -49,14 +56,14 @@ from elbozoo.inference.terms import (
     check_drawn_for,
     check_made_of,
     own_parameters,
-    refuse_summed_out,
+    places_of_data,
 )
 from elbozoo.inference.weights import BUFFERS, from_torch_layout, to_torch_layout
 
 _STEP = "elbozoo_step"
 _ESTIMATOR = "elbozoo_estimator"  # what a gradient estimator trains of its own
-_MEMORY = "elbozoo_memory"  # and what it remembers
-OWN_SITES = (_STEP, _ESTIMATOR, _MEMORY)
+MEMORY = "elbozoo_memory"  # and what it remembers
+OWN_SITES = (_STEP, _ESTIMATOR, MEMORY)
 """Sites of a guide that are ours, not the program's."""
 
 Params = dict[str, Any]
@@ -410,94 +417,45 @@ def _quantisation_errors(fn: Any, layout: _Layout) -> dict[str, jax.Array]:
     return {n: plates_first(e, e.ndim - factors, layout.dims).sum(axis=-1) for n, e in errors.items()}
 
 
-class _Marginal:
-    """In a trace, in place of a site's distribution: what the site adds to a log density with sites summed out."""
-
-    def __init__(self, fn: Any, log_prob: jax.Array):
-        self.event_shape, self.event_dim, self.support = fn.event_shape, fn.event_dim, fn.support
-        self.has_rsample, self.batch_shape, self._log_prob = fn.has_rsample, jnp.shape(log_prob), log_prob
-
-    def log_prob(self, value: Any) -> jax.Array:
-        return self._log_prob
-
-
 def _marginalised(run: Callable[[Params], Any], guide_trace: Any) -> Any:
-    r"""The model's trace with the sites summed out that ``infer={"enumerate": "parallel"}`` marks and no guide draws.
+    """The model's trace with the sites summed out that ``infer={"enumerate": "parallel"}`` marks and no guide draws.
 
-    With ``R_j = log Σ_d p(d) Π_{i ≤ j} p(site_i | d)`` per entry of their plates, site j stands in the trace for
-    ``R_j - R_{j-1}``: these sum to the exact marginal, whatever they are multiplied or averaged with later.
+    Each later site stands in it for what it adds to the marginal (:func:`marginal_terms`).
 
     Args:
         run: the model's trace with these values at some latent sites.
 
-    Raises: Refused where a later site lies outside of their plates or has a scale of its own, and for too many states.
+    Raises: Refused for what cannot be summed out so, and for too many states.
     """
     traced = run({})
     samples = _samples(traced)
     names = [n for n, s in samples.items() if _is_summed_out(s) and n not in guide_trace]
     if not names:
         return traced
-    later = list(samples)[list(samples).index(names[0]) :]
-    _check_summed_out(samples, names, later)
-    facts = {n: _strip(samples[n]["fn"])[0] for n in names}
-    states = joint_states(
-        {
-            n: Site(guide_family=_family(f), event_shape=samples[n]["fn"].event_shape, num_classes=_num_classes(f))
-            for n, f in facts.items()
-        },
-        "the sites that the model sums out",
-    )
-    plates = {f.dim for f in samples[names[0]]["cond_indep_stack"]}
+    placed = {n: _placed(samples[n]) for n in list(samples)[list(samples).index(names[0]) :]}
+    check_summed_out(placed, names)
+    states = joint_states({n: placed[n].site for n in names}, "the sites that the model sums out")
 
-    def densities(state: Params) -> dict[str, jax.Array]:
-        shapes = {n: jnp.shape(samples[n]["value"]) for n in names}
-        drawn = {
-            n: jnp.broadcast_to(v, shapes[n]).astype(jnp.result_type(samples[n]["value"])) for n, v in state.items()
-        }
-        found = run(drawn)
-        return {n: _sum_outside(found[n]["fn"].log_prob(found[n]["value"]), plates) for n in later}
+    def log_probs(state: Params) -> dict[str, jax.Array]:
+        drawn = {n: samples[n]["value"] for n in names}
+        found = run({n: jnp.broadcast_to(v, drawn[n].shape).astype(drawn[n].dtype) for n, v in state.items()})
+        return {n: found[n]["fn"].log_prob(found[n]["value"]) for n in placed}
 
-    each = jax.vmap(densities)({n: jnp.asarray(v) for n, v in states.items()})
-    out, running, before = dict(traced), 0.0, 0.0
-    for name in later:
-        running = running + each[name]
-        total = jax.nn.logsumexp(running, axis=0)
-        if name not in names:
-            out[name] = {**traced[name], "fn": _Marginal(traced[name]["fn"], total - before), "intermediates": None}
-            before = total
-    return {n: s for n, s in out.items() if n not in names}
+    each = jax.vmap(log_probs)({n: jnp.asarray(v) for n, v in states.items()})
+    terms = marginal_terms({n: each[n] for n in placed}, names, placed[names[0]].dims)
+    stand_ins = {n: {**traced[n], "fn": Marginal(traced[n]["fn"], x), "intermediates": None} for n, x in terms.items()}
+    return {n: stand_ins.get(n, s) for n, s in traced.items() if n not in names}
 
 
 def _is_summed_out(site: Any) -> bool:
     return not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
 
 
-def _check_summed_out(samples: Mapping[str, Any], names: list[str], later: list[str]) -> None:
-    first = samples[names[0]]
-    for name in names:
-        if _num_classes(_strip(samples[name]["fn"])[0]) == 0:
-            todo = "Draw it in the guide"
-            got = _family(_strip(samples[name]["fn"])[0])
-            raise must(f"site '{name}', marked to be enumerated,", "be Bernoulli or categorical", got, todo, Refused)
-        check_one_state_an_entry(name, samples[name]["fn"].batch_shape, {f.dim for f in first["cond_indep_stack"]})
-    for name in later:
-        site = samples[name]
-        within = set(first["cond_indep_stack"]) <= set(site["cond_indep_stack"])
-        own = name in names and set(site["cond_indep_stack"]) != set(first["cond_indep_stack"])
-        if not within or own or (site["scale"] is not first["scale"] and site["scale"] != first["scale"]):
-            raise must(
-                f"site '{name}'",
-                f"lie in the plates of '{names[0]}', which is summed out before it, under one scale",
-                "others",
-                "Draw what does not depend on it before it",
-                Refused,
-            )
-
-
-def _sum_outside(log_prob: jax.Array, plates: set[int]) -> jax.Array:
-    """Sum over every dim but the ``plates``, which are counted from the right; the dims stay, of size 1."""
-    dims = tuple(d for d in range(-jnp.ndim(log_prob), 0) if d not in plates)
-    return jnp.sum(log_prob, axis=dims, keepdims=True)
+def _placed(site: Any) -> Placed:
+    base, fn = _strip(site["fn"])[0], site["fn"]
+    facts = Site(guide_family=_family(base), event_shape=tuple(fn.event_shape), num_classes=_num_classes(base))
+    plates = frozenset((f.name, f.dim) for f in site["cond_indep_stack"])
+    return Placed(facts, plates, tuple(fn.batch_shape), 1.0 if site["scale"] is None else site["scale"])
 
 
 def _check_match(model_trace: Any, guide_trace: Any) -> None:
@@ -640,7 +598,8 @@ def particles(
         model_seed, guide_seed, dream_seed = random.split(key, 3)
         awake = trace(substitute(seed(guide, guide_seed), data=params)).get_trace(*args, **kwargs)
         waking = substitute(replay(seed(model, model_seed), awake), data=params)
-        places = _observed_places(trace(waking).get_trace(*args, **kwargs), args)
+        samples = _samples(trace(waking).get_trace(*args, **kwargs))
+        places = places_of_data({n: s["value"] for n, s in samples.items() if s["is_observed"]}, args)
         asleep = trace(substitute(seed(uncondition(model), dream_seed), data=params)).get_trace(*args, **kwargs)
         new = list(args)
         for name, place in places.items():
@@ -698,7 +657,7 @@ def particles(
         recorded=out["recorded"],
         data=args[0] if args else None,
         trained=params.get(_ESTIMATOR, {}),
-        memory=params.get(_MEMORY, {}),
+        memory=params.get(MEMORY, {}),
     )
     return terms, jax.tree.map(lambda x: x[0], out["mutable"])
 
@@ -706,22 +665,6 @@ def particles(
 def _score_ndim(fn: Any) -> int:
     """The event dims of a site's logits: its own, and the classes of a Categorical, which its value does not have."""
     return fn.event_dim + (_family(_strip(fn)[0]) == "Categorical")
-
-
-def _observed_places(model_trace: Any, args: tuple) -> dict[str, int]:
-    """By observed site, which argument of the program is its value.
-
-    Raises: InvalidArgument where one is not an argument as it came.
-    """
-    places = {}
-    for name, site in _samples(model_trace).items():
-        if site["is_observed"]:
-            found = [i for i, a in enumerate(args) if a is site["value"]]
-            if not found:
-                todo = "Write sample('x', …, obs=x) with an argument x of the program, or use sleep=False"
-                raise must(f"site '{name}'", "observe an argument as it came, to be dreamt", "other data", todo)
-            places[name] = found[0]
-    return places
 
 
 def _vectorizer(vectorize: bool | Callable, num_particles: int) -> Callable:
@@ -799,7 +742,7 @@ def with_own_sites(guide: Callable, objective: Objective) -> Callable:
         if trained:
             numpyro.param(_ESTIMATOR, trained)
         if memory:
-            mutable_site(_MEMORY, memory)
+            mutable_site(MEMORY, memory)
         return guide(*args, **kwargs)
 
     return counted
@@ -874,8 +817,8 @@ class Loss(NumPyroELBO):
         self.objective.check(terms)
         if _STEP in mutable:
             mutable[_STEP] = step + 1
-        if _MEMORY in mutable:
-            mutable[_MEMORY] = dict(stop_gradient(self.objective.remember(terms)))
+        if MEMORY in mutable:
+            mutable[MEMORY] = dict(stop_gradient(self.objective.remember(terms)))
         return {"loss": value_and_surrogate(self.objective, terms)[1], "mutable_state": mutable or None}
 
 

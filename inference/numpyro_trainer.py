@@ -17,7 +17,7 @@ from numpyro import validation_enabled
 from numpyro.distributions import biject_to
 
 from elbozoo.inference.errors import CorruptFile, must
-from elbozoo.inference.numpyro_engine import OWN_SITES, Params, Program, particles, with_own_sites
+from elbozoo.inference.numpyro_engine import MEMORY, OWN_SITES, Params, Program, particles, with_own_sites
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.recording import check_amortised, check_counts, first_non_finite, step_metrics
@@ -146,7 +146,7 @@ class Trainer:
             check_counts(terms, len(self.data[0]), self.batch_size)
             metrics = jax.lax.stop_gradient(step_metrics(self.objective, terms))
             if terms.memory:
-                mutable = {**mutable, OWN_SITES[2]: dict(jax.lax.stop_gradient(self.objective.remember(terms)))}
+                mutable = {**mutable, MEMORY: dict(jax.lax.stop_gradient(self.objective.remember(terms)))}
             return -self.objective.surrogate(terms).mean() / terms.data_per_entry, (metrics, mutable)
 
         gradient, (metrics, mutable) = jax.grad(loss, has_aux=True)(state.params)

@@ -27,7 +27,14 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import kl_divergence, transform_to
 
 from elbozoo.inference.arrays import plates_first
-from elbozoo.inference.discrete import check_one_state_an_entry, joint_states
+from elbozoo.inference.enumeration import (
+    Marginal,
+    Placed,
+    check_summed_out,
+    joint_states,
+    marginal_terms,
+    refuse_summed_out,
+)
 from elbozoo.inference.errors import InvalidArgument, Refused, must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.terms import (
@@ -38,7 +45,7 @@ from elbozoo.inference.terms import (
     check_drawn_for,
     check_made_of,
     own_parameters,
-    refuse_summed_out,
+    places_of_data,
 )
 from elbozoo.inference.weights import check_names
 
@@ -232,65 +239,38 @@ def _kl_valid(name: str, model_trace: Any, guide_trace: Any) -> bool:
     return False
 
 
-class _Marginal:
-    """In a trace, in place of a site's distribution: what the site adds to a log density with sites summed out."""
-
-    def __init__(self, fn: Any, log_prob: torch.Tensor):
-        self.event_shape, self.event_dim, self.support = fn.event_shape, fn.event_dim, getattr(fn, "support", None)
-        self.has_rsample, self.batch_shape, self._log_prob = fn.has_rsample, log_prob.shape, log_prob
-
-    def log_prob(self, value: Any) -> torch.Tensor:
-        return self._log_prob
-
-
 def _marginalised(
     traced: Any, model: Callable, args: tuple, kwargs: Mapping[str, Any], given: Mapping[str, Any], guide_trace: Any
 ) -> Any:
-    r"""The model's trace with the sites summed out that ``infer={"enumerate": "parallel"}`` marks and no guide draws.
+    """The model's trace with the sites summed out that ``infer={"enumerate": "parallel"}`` marks and no guide draws.
 
-    With ``R_j = log Σ_d p(d) Π_{i ≤ j} p(site_i | d)`` per entry of their plates, site j stands in the trace for
-    ``R_j - R_{j-1}``: these sum to the exact marginal, whatever they are multiplied or averaged with later.
+    Each later site stands in it for what it adds to the marginal (:func:`marginal_terms`).
 
-    Raises: Refused where a later site lies outside of their plates or has a scale of its own, and for too many states.
+    Raises: Refused for what cannot be summed out so, and for too many states.
     """
     samples = _samples(traced)
     names = [n for n, s in samples.items() if _is_summed_out(s) and n not in guide_trace.nodes]
     if not names:
         return traced
-    later = list(samples)[list(samples).index(names[0]) :]
-    _check_summed_out(samples, names, later)
-    facts = {n: _strip(samples[n]["fn"])[0] for n in names}
-    states = joint_states(
-        {
-            n: Site(
-                guide_family=type(f).__name__,
-                event_shape=tuple(samples[n]["fn"].event_shape),
-                num_classes=_num_classes(f),
-            )
-            for n, f in facts.items()
-        },
-        "the sites that the model sums out",
-    )
-    plates = {f.dim for f in samples[names[0]]["cond_indep_stack"] if f.vectorized}
+    placed = {n: _placed(samples[n]) for n in list(samples)[list(samples).index(names[0]) :]}
+    check_summed_out(placed, names)
+    states = joint_states({n: placed[n].site for n in names}, "the sites that the model sums out")
 
-    def densities(index: int) -> dict[str, torch.Tensor]:
-        drawn = {n: torch.zeros_like(samples[n]["value"]) + torch.as_tensor(v[index]) for n, v in states.items()}
-        drawn = {n: v.to(samples[n]["value"]) for n, v in drawn.items()}
+    def log_probs(index: int) -> dict[str, torch.Tensor]:
+        drawn = {
+            n: (0 * samples[n]["value"] + torch.as_tensor(v[index])).to(samples[n]["value"]) for n, v in states.items()
+        }
         with poutine.block(), kept_buffers(owners(model)), _Replay({**given, **drawn}):
             found = _samples(poutine.trace(model).get_trace(*args, **kwargs))
-        return {n: _sum_outside(_masked_log_prob(found[n]), plates) for n in later}
+        return {n: _masked_log_prob(found[n]) for n in placed}
 
-    each = [densities(index) for index in range(len(next(iter(states.values()))))]
+    each = [log_probs(index) for index in range(len(states[names[0]]))]
+    joined = {n: torch.stack(torch.broadcast_tensors(*(state[n] for state in each))) for n in placed}
     out = traced.copy()
-    running, before = torch.zeros(()), torch.zeros(())
-    for name in later:
-        running = running + torch.stack(torch.broadcast_tensors(*(state[name] for state in each)))
-        if name in names:
-            out.remove_node(name)
-            continue
-        total = running.logsumexp(dim=0)
-        out.nodes[name] = {**traced.nodes[name], "fn": _Marginal(traced.nodes[name]["fn"], total - before)}
-        before = total
+    for name in names:
+        out.remove_node(name)
+    for name, log_prob in marginal_terms(joined, names, placed[names[0]].dims).items():
+        out.nodes[name] = {**traced.nodes[name], "fn": Marginal(traced.nodes[name]["fn"], log_prob)}
     return out
 
 
@@ -298,29 +278,11 @@ def _is_summed_out(site: Any) -> bool:
     return not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
 
 
-def _check_summed_out(samples: Mapping[str, Any], names: list[str], later: list[str]) -> None:
-    first = samples[names[0]]
-    for name in names:
-        base = _strip(samples[name]["fn"])[0]
-        if _num_classes(base) == 0:
-            todo, got = "Draw it in the guide", type(base).__name__
-            raise must(f"site '{name}', marked to be enumerated,", "be Bernoulli or categorical", got, todo, Refused)
-        plates = {f.dim for f in first["cond_indep_stack"] if f.vectorized}
-        check_one_state_an_entry(name, tuple(samples[name]["fn"].batch_shape), plates)
-    for name in later:
-        site = samples[name]
-        within = set(first["cond_indep_stack"]) <= set(site["cond_indep_stack"])
-        own = name in names and set(site["cond_indep_stack"]) != set(first["cond_indep_stack"])
-        scales = site["scale"], first["scale"]
-        other = scales[0] is not scales[1] and any(isinstance(s, torch.Tensor) or s != scales[0] for s in scales)
-        if not within or own or other:
-            raise must(
-                f"site '{name}'",
-                f"lie in the plates of '{names[0]}', which is summed out before it, under one scale",
-                "others",
-                "Draw what does not depend on it before it",
-                Refused,
-            )
+def _placed(site: Any) -> Placed:
+    base, fn = _strip(site["fn"])[0], site["fn"]
+    facts = Site(guide_family=type(base).__name__, event_shape=tuple(fn.event_shape), num_classes=_num_classes(base))
+    plates = frozenset((f.name, f.dim) for f in site["cond_indep_stack"] if f.vectorized)
+    return Placed(facts, plates, tuple(fn.batch_shape), site["scale"])
 
 
 def _masked_log_prob(site: Any) -> torch.Tensor:
@@ -330,12 +292,6 @@ def _masked_log_prob(site: Any) -> torch.Tensor:
     if site["mask"] is None:
         return log_prob
     return torch.where(torch.as_tensor(site["mask"]), log_prob, log_prob.new_zeros(()))
-
-
-def _sum_outside(log_prob: torch.Tensor, plates: set[int]) -> torch.Tensor:
-    """Sum over every dim but the ``plates``, which are counted from the right; the dims stay, of size 1."""
-    dims = [d for d in range(-log_prob.dim(), 0) if d not in plates]
-    return log_prob.sum(dim=dims, keepdim=True) if dims else log_prob
 
 
 def _check_match(model_trace: Any, guide_trace: Any) -> None:
@@ -651,7 +607,7 @@ def particles(
 
     def dreamt() -> torch.Tensor:
         run, (alone_model, alone_guide) = runs[0], programs
-        places = _observed_places(run.model_trace, args)
+        places = places_of_data({n: s["value"] for n, s in _samples(run.model_trace).items() if s["is_observed"]}, args)
         with poutine.block(), torch.no_grad(), kept_buffers(modules, buffers), _Replay(run.subsamples):
             asleep = poutine.trace(poutine.uncondition(alone_model)).get_trace(*args, **kwargs)
         new = list(args)
@@ -674,22 +630,6 @@ def particles(
 def _tree(fn: Callable, tree: Any) -> Any:
     """``fn`` of every leaf of nested mappings."""
     return {k: _tree(fn, v) for k, v in tree.items()} if isinstance(tree, Mapping) else fn(tree)
-
-
-def _observed_places(model_trace: Any, args: tuple) -> dict[str, int]:
-    """By observed site, which argument of the program is its value.
-
-    Raises: InvalidArgument where one is not an argument as it came.
-    """
-    places = {}
-    for name, site in _samples(model_trace).items():
-        if site["is_observed"]:
-            found = [i for i, a in enumerate(args) if a is site["value"]]
-            if not found:
-                todo = "Write sample('x', …, obs=x) with an argument x of the program, or use sleep=False"
-                raise must(f"site '{name}'", "observe an argument as it came, to be dreamt", "other data", todo)
-            places[name] = found[0]
-    return places
 
 
 def _hook(run: _Run, ratio: torch.Tensor, layout: _Layout, particle_dim: int | None) -> None:

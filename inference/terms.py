@@ -6,14 +6,14 @@ Shapes: ``K`` particles first, then the plates that *every* site shares, ``*P`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtyping import Float
 
 from elbozoo.inference.arrays import Array
-from elbozoo.inference.errors import Refused, must
+from elbozoo.inference.errors import must
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,19 @@ class Choice:
     kept: Mapping[str, Any] = field(default_factory=dict)
 
 
-def refuse_summed_out(names: Iterable[str]) -> None:
-    """Refuse to go on from a guide's latents where the model has others that it is summed over: they are not known.
+def places_of_data(observed: Mapping[str, Any], args: tuple) -> dict[str, int]:
+    """By observed site, which argument of the program is its value: there the model's own draw can stand (a dream).
 
-    Raises: Refused.
+    Raises: InvalidArgument where one is not an argument as it came.
     """
-    for name in names:
-        todo = "Draw it in the guide, and train with ELBO(gradient=Enumerate()) or VIMCO()"
-        raise must("the guide", "draw every latent site of the model for this", f"'{name}' summed out", todo, Refused)
+    places = {}
+    for name, value in observed.items():
+        found = [i for i, argument in enumerate(args) if argument is value]
+        if not found:
+            todo = "Write sample('x', …, obs=x) with an argument x of the program, or use sleep=0"
+            raise must(f"site '{name}'", "observe an argument as it came, to be dreamt", "other data", todo)
+        places[name] = found[0]
+    return places
 
 
 _WORKED_OUT = {"scale_tril": {"covariance_matrix", "precision_matrix"}, "logits": {"probs"}}

@@ -158,6 +158,36 @@ def test_gradients_of_bounds_with_a_site_summed_out(engine: str) -> None:
             assert 4.5 * error < 0.04 * norm
 
 
+def test_measurements_in_a_plate_of_their_own_are_one_factor(engine: str) -> None:
+    """Three measurements of each datum, in a plate to the left: multiplied before the sum over the datum's class."""
+    lib = oracles.library(engine)
+    x = np.array([[0.2, 1.9, -0.4, 2.2], [0.6, 2.4, 0.1, 1.7], [-0.3, 1.6, 0.5, 2.0]])
+
+    def model(x: Any) -> None:
+        with lib.plate("data", 4, dim=-1):
+            lib.sample("z", lib.dist.Normal(lib.array(0.0), 1.0))
+            d = lib.sample("d", lib.dist.Bernoulli(logits=lib.array(0.3)), infer={"enumerate": "parallel"})
+            with lib.plate("measurements", 3, dim=-2):
+                lib.sample("x", lib.dist.Normal(2.0 * d, 0.7), obs=x)
+
+    def guide(x: Any) -> None:  # of a latent that nothing depends on
+        with lib.plate("data", 4, dim=-1):
+            lib.sample("z", lib.dist.Normal(lib.array(0.0), 1.0))
+
+    if engine == "numpyro":
+        import jax
+
+        from elbozoo.inference.numpyro_engine import Loss
+
+        found = float(Loss(ELBO()).loss(jax.random.key(0), {}, model, guide, lib.array(x)))
+    else:
+        from elbozoo.inference.pyro_engine import Loss
+
+        found = float(Loss(ELBO()).loss(model, guide, lib.array(x)))
+    joint = [bernoulli(d, 0.3) + normal(x, 2.0 * d, 0.7).sum(axis=0) for d in (0.0, 1.0)]
+    assert -found == pytest.approx(np.logaddexp.reduce(joint).sum(), rel=1e-10)
+
+
 def _bad(lib: Any, what: str) -> tuple[Any, Any]:
     marked = {"infer": {"enumerate": "parallel"}}
 

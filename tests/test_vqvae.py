@@ -447,9 +447,9 @@ def test_a_moving_codebook_is_saved_and_resumed(engine: str, tmp_path: Any) -> N
     np.testing.assert_array_equal(loaded.program.apply(values_of, (X,)), whole.program.apply(values_of, (X,)))
 
 
+@pytest.mark.pyro
+@pytest.mark.numpyro
 def test_twins_move_alike() -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("jax")
     spec = replace(SMALL, quantizer=Residual(16, 3, "ema", 0.7, 0.6, depth=2))
     weights = ema_weights(spec)
     runs = [train(engine, spec, weights, epochs=4, batch_size=3) for engine in ("pyro", "numpyro")]
