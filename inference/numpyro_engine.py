@@ -395,7 +395,6 @@ def _site(name: str, guide_trace: Any, model_trace: Any, layout: _Layout, analyt
             return kl
     guide_terms, guide_factors = _log_prob(site, layout)
     log_guide = guide_terms.sum(axis=-1)
-    kl |= _quantisation_errors(site["fn"], layout)
     if prior is None:  # an auxiliary variable of the guide
         return {"log_guide": log_guide, "log_prior": jnp.zeros_like(log_guide)}
     prior_terms, prior_factors = _log_prob(prior, layout)
@@ -404,7 +403,7 @@ def _site(name: str, guide_trace: Any, model_trace: Any, layout: _Layout, analyt
         arrays["score"] = _score(site, layout)
     if guide_factors and prior_factors and guide_terms.shape == prior_terms.shape:
         arrays |= {"log_prior_terms": prior_terms, "log_guide_terms": guide_terms}
-    return arrays | kl
+    return arrays | kl | _quantisation_errors(site["fn"], layout)
 
 
 def _quantisation_errors(fn: Any, layout: _Layout) -> dict[str, jax.Array]:

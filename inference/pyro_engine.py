@@ -686,7 +686,6 @@ def _site(
             return kl
     guide_terms, guide_factors = density or _log_prob(site, layout, particle_dim)
     log_guide = guide_terms.sum(dim=-1)
-    kl |= _quantisation_errors(site["fn"], layout, particle_dim)
     if prior is None:  # an auxiliary variable of the guide
         return {"log_guide": log_guide, "log_prior": torch.zeros_like(log_guide)}
     prior_terms, prior_factors = _log_prob(prior, layout, particle_dim)
@@ -695,7 +694,7 @@ def _site(
         arrays["score"] = _score(site, layout, particle_dim)
     if guide_factors and prior_factors and guide_terms.shape == prior_terms.shape:
         arrays |= {"log_prior_terms": prior_terms, "log_guide_terms": guide_terms}
-    return arrays | kl
+    return arrays | kl | _quantisation_errors(site["fn"], layout, particle_dim)
 
 
 def _quantisation_errors(fn: Any, layout: _Layout, particle_dim: int | None) -> dict[str, torch.Tensor]:
