@@ -8,7 +8,10 @@ import sys
 
 import numpy as np
 
-MODULES = {"pyro": ("torch", "pyro", "zuko"), "numpyro": ("jax", "numpyro", "flax", "optax", "flowjax", "equinox")}
+MODULES = {
+    "pyro": ("torch", "pyro", "zuko", "torchdiffeq"),
+    "numpyro": ("jax", "numpyro", "flax", "optax", "flowjax", "equinox", "diffrax"),
+}
 engine = sys.argv[1]
 (other,) = set(MODULES) - {engine}
 

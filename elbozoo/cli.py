@@ -51,7 +51,19 @@ from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.evaluation import Evaluation, PerDatum, evaluate
 from elbozoo.inference.parts import one_of, whole_number
 from elbozoo.inference.training import CHECKPOINT, WEIGHTS
-from elbozoo.zoo import MLP, VAE, Bernoulli, Likelihood, Network, Prior, Quantizer, Spec
+from elbozoo.zoo import (
+    MLP,
+    VAE,
+    Bernoulli,
+    Denoiser,
+    EndLikelihood,
+    Likelihood,
+    Network,
+    Prior,
+    Quantizer,
+    Schedule,
+    Spec,
+)
 
 out = Console(highlight=False)
 
@@ -507,7 +519,12 @@ class Report(Measuring):
 
 
 def save_netcdf(run: Run, data: np.ndarray, num_draws: int, path: Path) -> None:
-    """ArviZ's groups for some data, as netCDF, written whole or not at all."""
+    """ArviZ's groups for some data, as netCDF, written whole or not at all.
+
+    Of a diffusion there are a tenth of the draws: each is several times as large as its datum.
+    """
+    if run.program.outline(run.prepare(data[:1])).estimated:
+        num_draws = -(-num_draws // 10)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing a major refactor", category=FutureWarning)
         found = run.to_arviz(data, num_draws=num_draws)
@@ -519,6 +536,7 @@ def save_netcdf(run: Run, data: np.ndarray, num_draws: int, path: Path) -> None:
 # --- list, demo ---------------------------------------------------------------------------------------------------
 
 KINDS = {"models": Spec, "networks": Network, "likelihoods": Likelihood, "guides": Family, "priors": Prior}
+KINDS |= {"denoisers": Denoiser, "schedules": Schedule, "ends": EndLikelihood}
 KINDS |= (
     {"quantizers": Quantizer} | {f"{option}s": kind for option, kind in options.OBJECTIVE.items()} | {"starts": Start}
 )

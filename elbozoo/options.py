@@ -21,7 +21,7 @@ from elbozoo import guides, inference, zoo
 from elbozoo.inference import Adam, Bound, GradientEstimator, Objective, Shape
 from elbozoo.inference.errors import must
 from elbozoo.inference.parts import Part, one_of
-from elbozoo.zoo import Likelihood, Network, Spec
+from elbozoo.zoo import Denoiser, EndLikelihood, Likelihood, Network, Spec
 
 OBJECTIVE = {"objective": Bound, "gradient": GradientEstimator, "shape": Shape}
 """What an objective is chosen from, by the option that chooses it."""
@@ -29,7 +29,7 @@ OBJECTIVE = {"objective": Bound, "gradient": GradientEstimator, "shape": Shape}
 FROM_DATA = {"data_dim": None, "image_shape": "the data's", "levels": "the data's"}
 """Fields that the data settle where they can, and what stands for them in the help (None: not an option)."""
 
-OF_DATA = (Spec, Network, Likelihood)
+OF_DATA = (Spec, Network, Likelihood, Denoiser, EndLikelihood)
 """The kinds of part that have such fields: an image settles its levels, and not those of a grid of codes."""
 
 

@@ -29,7 +29,18 @@ from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, B
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.posterior import to_arviz
 from elbozoo.inference.rate_distortion import RateDistortion, RatePoint, rate_distortion
-from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, Classification, FreeBits, LayerwiseAnnealedKL, Shape
+from elbozoo.inference.shapes import (
+    P2,
+    AnnealedKL,
+    Beta,
+    Capacity,
+    Classification,
+    FreeBits,
+    LayerwiseAnnealedKL,
+    MinSNR,
+    Shape,
+    SimpleLoss,
+)
 from elbozoo.inference.starts import PPCA, Collapsed, Informative, Start
 from elbozoo.inference.suboptimality import Gaps, gaps, optimise_guide
 from elbozoo.inference.terms import Site, Terms
@@ -42,6 +53,7 @@ __all__ = [
     "IWAE",
     "MIWAE",
     "NVIL",
+    "P2",
     "PIWAE",
     "PPCA",
     "REBAR",
@@ -78,6 +90,7 @@ __all__ = [
     "InvalidArgument",
     "LayerwiseAnnealedKL",
     "LocalMinima",
+    "MinSNR",
     "NonFinite",
     "Objective",
     "Pathwise",
@@ -88,6 +101,7 @@ __all__ = [
     "Run",
     "ScoreFunction",
     "Shape",
+    "SimpleLoss",
     "Site",
     "Start",
     "StraightThrough",

@@ -59,6 +59,11 @@ def stop_gradient(x: Array) -> Array:
             return jax_stop_gradient(x)
 
 
+def scale_gradient(x: Array, factor: Array) -> Array:
+    """The value of ``x``, with the gradient that flows through it multiplied by a constant."""
+    return x * factor + stop_gradient(x - x * factor)
+
+
 def namespace(x: Array) -> Any:
     """The module whose functions are for ``x``: what they have in common they call alike (``exp``, ``where``, …)."""
     match _library(x):

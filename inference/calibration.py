@@ -20,7 +20,7 @@ from elbozoo.inference.errors import NonFinite, must
 from elbozoo.inference.evaluation import call_seed, call_size, check_plate
 from elbozoo.inference.parts import whole_number
 from elbozoo.inference.simulation import places, simulate
-from elbozoo.inference.terms import Terms
+from elbozoo.inference.terms import Terms, refuse_estimate
 
 LEVEL = 0.01
 """A dimension is miscalibrated when its p-value, corrected for the number of dimensions, is below this."""
@@ -227,6 +227,7 @@ def calibrate(
     whole_number("num_draws", num_draws, least=2)
     whole_number("seed", seed, least=0)
     arrays = prepare_to_measure(program, data)
+    refuse_estimate(program.outline(arrays), "calibrate")
     where = places(program, arrays, observed, call_seed(seed, _SHAPES, 0), "calibrate")
     parts: dict[str, list[np.ndarray]] = {}
     rng = np.random.default_rng([seed, _TIES])

@@ -96,6 +96,9 @@ class Evaluation:
         per_datum: arrays with one entry a datum.
         num_data: N.
         seconds: wall time.
+        weighted: whether ``nll`` is of importance weights. False for a program whose log weight is only an estimate of
+            one (a diffusion that draws one of its steps): then ``nll = -elbo``, an upper bound on the NLL whatever K,
+            ``nll_mc_se`` is the standard error of that mean, and k̂ and ess are nan.
     """
 
     nll: float
@@ -111,6 +114,7 @@ class Evaluation:
     per_datum: PerDatum = field(repr=False)
     num_data: int
     seconds: float
+    weighted: bool = True
 
     @property
     def active_units(self) -> dict[str, int]:
@@ -134,6 +138,7 @@ class Evaluation:
         return _plain(
             {
                 "num_particles": self.num_particles,
+                "weighted": self.weighted,
                 "nll": self.nll,
                 "nll_se": self.nll_se,
                 "nll_mc_se": self.nll_mc_se,
@@ -153,12 +158,17 @@ class Evaluation:
         )
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.num_data} data, K = {self.num_particles} importance samples", title_justify="left")
+        samples = "importance samples" if self.weighted else "draws"
+        table = Table(title=f"{self.num_data} data, K = {self.num_particles} {samples}", title_justify="left")
         table.add_column("nats per datum")
         table.add_column("", justify="right")
         table.add_column("")
         found = self.summary()
-        table.add_row("NLL", f"{self.nll:.3f}", f"± {self.nll_se:.3f} (data) ± {self.nll_mc_se:.4f} (draws)")
+        table.add_row(
+            "NLL" if self.weighted else "NLL, at most",
+            f"{self.nll:.3f}",
+            f"± {self.nll_se:.3f} (data) ± {self.nll_mc_se:.4f} (draws)",
+        )
         for name in ("elbo", "rate", "distortion"):
             table.add_row(name.upper() if name == "elbo" else name, f"{getattr(self, name):.3f}")
         for name, rate in self.rate_per_site.items():
@@ -169,7 +179,8 @@ class Evaluation:
             worst = "" if found["k_hat_max"] is None else f"largest {found['k_hat_max']:.2f}"
             table.add_row(f"k̂ above {LARGE_K}", f"{found['k_hat_bad']:.1%}", worst)
         ess = self.per_datum.ess
-        table.add_row("effective draws", f"{np.median(ess):.1f}", f"least {ess.min():.1f}")
+        if self.weighted:
+            table.add_row("effective draws", f"{np.median(ess):.1f}", f"least {ess.min():.1f}")
         return table
 
     def __str__(self) -> str:
@@ -195,7 +206,7 @@ def _chunk(terms: Terms) -> dict[str, Any]:
     out: dict[str, Any] = {"log_lik": terms.log_lik, "data_per_entry": terms.data_per_entry}
     out |= {"rate": {}, "dimension": {}, "mean": {}, "square": {}}
     for name, site in terms.sites.items():
-        out["rate"][name] = site.sampled_rate
+        out["rate"][name] = site.rate if terms.estimated else site.sampled_rate
         if site.rate_terms is not None:
             out["dimension"][name] = site.rate_terms.sum(axis=0)
         z = terms.values[name]
@@ -270,7 +281,8 @@ class _Sums(dict[tuple[str, str], Any]):
 class _Batch:
     """What is kept of the particles of B data (B = 1 for a joint weight)."""
 
-    def __init__(self, num_particles: int):
+    def __init__(self, num_particles: int, weighs: bool):
+        self.weighs, self.moments = weighs, _Moments()
         self.num_particles, self.tail = num_particles, min(tail_size(num_particles) + 1, num_particles)
         self.top: Any = None
         self.peak: Any = -np.inf
@@ -290,6 +302,10 @@ class _Batch:
             self.sums.add("dimension", name, rate.reshape(log_weight.shape[1], -1).astype(np.float64))
         for name, mean in out["mean"].items():
             self.latent.setdefault(name, _Moments()).add(count, mean, out["square"][name])
+        if not self.weighs:
+            mean = log_weight.mean(axis=0)
+            self.moments.add(count, mean, ((log_weight - mean) ** 2).sum(axis=0))
+            return
         self._add_weights(log_weight)
         # The engine's precision stays visible to the tail's fit, which must not read rounding as a tail.
         rounded = log_weight.astype(out["log_lik"].dtype)
@@ -306,6 +322,10 @@ class _Batch:
     def columns(self) -> dict[str, np.ndarray]:
         """Per-datum arrays; ``variance`` is that of ``log mean w``, by the delta method."""
         k = self.num_particles
+        if not self.weighs:
+            mean, unknown = self.moments.mean, np.full_like(self.moments.mean, np.nan)
+            variance = self.moments.square / (k * (k - 1)) if k > 1 else unknown
+            return {"log_lik_estimate": mean, "variance": variance, "elbo": mean, "ess": unknown, "k_hat": unknown}
         with np.errstate(divide="ignore", invalid="ignore"):  # all weights zero: log p = -inf, no effective draw
             ess = self.w**2 / self.w2
             variance = log_mean_variance(ess, k)
@@ -319,7 +339,7 @@ class _Totals:
     """What is kept of the data."""
 
     def __init__(self) -> None:
-        self.entries, self.data_per_entry = 0, 1.0
+        self.entries, self.data_per_entry, self.weighs = 0, 1.0, True
         self.columns: list[dict[str, np.ndarray]] = []
         self.sums = _Sums()
         self.posterior_mean: dict[str, _Moments] = {}
@@ -358,10 +378,13 @@ def _stream(
             # The last batch repeats its last datum: one shape, one compilation.
             rows = np.minimum(np.arange(start, start + batch), num_data - 1)
             args, keep = tuple(a[rows] for a in arrays), min(batch, num_data - start)
-            state = _Batch(num_particles)
+            if start == 0:
+                totals.weighs = not program.outline(args).estimated
+            state = _Batch(num_particles, totals.weighs)
             for call, first in enumerate(range(0, num_particles, chunk)):
                 size = min(chunk, num_particles - first)
-                out = program.apply(_chunk, args, num_particles=size, seed=call_seed(seed, start, call))
+                how = {"seed": call_seed(seed, start, call), "analytic_kl": not totals.weighs}
+                out = program.apply(_chunk, args, num_particles=size, **how)
                 joint = out["log_lik"].ndim == 1
                 check_plate(out["log_lik"], batch)
                 if joint and batch < num_data:
@@ -401,6 +424,9 @@ def evaluate(
     A program with a site outside the data plate (a global latent, or no plate at all) has one joint weight for the
     whole data set. It then runs on all data at once, the one joint estimate is divided by their number, per-datum
     arrays have one entry, and there is no ``nll_se``.
+
+    A program that draws one of its steps (``DiffusionVAE``, ``VariationalDiffusion``) has no weights but the mean of
+    their logarithm: its ``nll`` is ``-elbo``, with analytic KLs where there are (see :class:`Evaluation`).
 
     Args:
         program: a trained program of either engine.
@@ -457,4 +483,5 @@ def _result(totals: _Totals, num_particles: int, seconds: float) -> Evaluation:
         per_datum=PerDatum(log_lik, column["elbo"] / per, column["k_hat"], column["ess"]),
         num_data=round(entries * per),
         seconds=seconds,
+        weighted=totals.weighs,
     )

@@ -26,7 +26,7 @@ from elbozoo.inference.evaluation import call_seed, call_size, check_plate, weig
 from elbozoo.inference.parts import ENGINES, number, whole_number
 from elbozoo.inference.posterior import _datasets, _join, _Names, _wrap, attributes, effective_draws, resampled
 from elbozoo.inference.psis import LARGE_K, pareto_k, pareto_smooth
-from elbozoo.inference.terms import Terms
+from elbozoo.inference.terms import Terms, refuse_estimate
 
 _GUIDE, _NUTS, _SHAPES, _RESAMPLE = range(4)  # streams of random numbers
 _ROWS = 1024  # draws whose distances to others are held at once
@@ -380,6 +380,7 @@ def _guide(program: Any, arrays: tuple[np.ndarray, ...], count: int, total: int,
 
     With them the log weights of ``total`` draws, ``(total, N)``, of which these are the first.
     """
+    refuse_estimate(program.outline(arrays), "posterior_error")
     num_data = len(arrays[0])
     # A run of the model alone names its latents, and their shapes without dims that Pyro adds.
     prior = program.predict(arrays, seed=call_seed(seed, _SHAPES, 0), prior=True)

@@ -17,7 +17,7 @@ from elbozoo.inference.data import prepare_to_measure, subset
 from elbozoo.inference.errors import NonFinite, must
 from elbozoo.inference.evaluation import call_seed, call_size, check_plate, count_active, weigh
 from elbozoo.inference.parts import number, whole_number
-from elbozoo.inference.terms import Terms
+from elbozoo.inference.terms import Terms, refuse_estimate
 
 Vector = Float[np.ndarray, " _"]
 
@@ -121,6 +121,7 @@ def bottleneck(
     arrays = _subset(prepare_to_measure(program, data), num_data, seed)
     size = len(arrays[0])
 
+    refuse_estimate(program.outline(arrays), "bottleneck")
     drawn = program.apply(_one_draw, arrays, seed=call_seed(seed, _DRAWS, 0))
     if drawn["log_lik"].ndim != 2 or drawn["joint"]:
         todo = "Move every site into the data plate; a latent that all data share has no mutual information with one"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from elbozoo.inference.arrays import Array, concatenate
 from elbozoo.inference.errors import must
-from elbozoo.inference.terms import Site, Terms
+from elbozoo.inference.terms import Site, Terms, refuse_estimate
 
 
 def check_one_weight_a_datum(terms: Terms, num_data: int) -> None:
@@ -16,6 +16,7 @@ def check_one_weight_a_datum(terms: Terms, num_data: int) -> None:
 
     Raises: InvalidArgument.
     """
+    refuse_estimate(terms, "this instrument")
     if terms.joint or terms.log_lik.ndim != 2 or terms.log_lik.shape[1] != num_data:
         got = "one that data share" if terms.joint else f"log densities of shape {tuple(terms.log_lik.shape[1:])}"
         todo = f"Put every site into one plate('data', {num_data}), and nothing else around them"

@@ -177,6 +177,7 @@ class _Layout:
     dims: tuple[int, ...]  # dims of the plates that every site shares
     scale: float  # their size / subsample size
     joint: bool  # some site lies outside a plate that another site is in
+    estimated: str  # why the weight is not one; empty where it is
     data_per_entry: float
     sites: dict[str, dict[str, Any]]  # a site's facts, by attribute of Site
     control_flow: bool = False
@@ -239,7 +240,20 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
         }
         for n, s in _samples(guide_trace).items()
     }
-    return _Layout(tuple(sorted(f.dim for f in shared)), scale, joint, data_per_entry, sites)
+    estimated = _why_estimated(model_trace, guide_trace, shared)
+    return _Layout(tuple(sorted(f.dim for f in shared)), scale, joint, estimated, data_per_entry, sites)
+
+
+def _why_estimated(model_trace: Any, guide_trace: Any, shared: frozenset[Any]) -> str:
+    """What of the log weight is an estimate; empty for a weight."""
+    for name, site in _samples(guide_trace).items():
+        if isinstance(site["fn"], MaskedDistribution) and site["fn"]._mask is False:
+            return f"site '{name}', which is masked out"
+    for site in (*_samples(model_trace).values(), *_samples(guide_trace).values()):
+        for frame in site["cond_indep_stack"]:
+            if frame not in shared and shared and _full_size(frame, model_trace) != frame.size:
+                return f"plate '{frame.name}', which is subsampled beside the data's"
+    return ""
 
 
 def _fixed_support(fn: Any) -> Any:
@@ -691,6 +705,7 @@ def _terms(out: dict[str, Any], layout: _Layout, step: Any, values: Mapping[str,
         step=step,
         scale=layout.scale,
         joint=layout.joint,
+        estimated=layout.estimated,
         data_per_entry=layout.data_per_entry,
         observed=observed,
         values=values,

@@ -25,7 +25,7 @@ from elbozoo.inference.arrays import Array, logsumexp, softmax
 from elbozoo.inference.errors import InvalidArgument, must
 from elbozoo.inference.gradients import GradientEstimator, Pathwise, refuse_quantised
 from elbozoo.inference.parts import instance_of, number, whole_number
-from elbozoo.inference.terms import Terms
+from elbozoo.inference.terms import Terms, refuse_estimate
 
 LogWeight = Float[Any, "K *P"]
 PerDatum = Float[Any, "*P"]
@@ -116,6 +116,8 @@ class Bound(Objective):
 
     def check(self, terms: Terms) -> None:
         super().check(terms)
+        if not self.linear:
+            refuse_estimate(terms, type(self).__name__)
         if not self.gradient.allows_quantised:
             refuse_quantised(type(self.gradient).__name__, terms)
         self.gradient.check_terms(self, terms)

@@ -12,7 +12,10 @@ from typing import Any, ClassVar, TypeVar
 
 from elbozoo.inference.errors import must
 
-ENGINES = {"pyro": ("torch", "pyro", "zuko"), "numpyro": ("jax", "numpyro", "flax", "optax", "flowjax", "equinox")}
+ENGINES = {
+    "pyro": ("torch", "pyro", "zuko", "torchdiffeq"),
+    "numpyro": ("jax", "numpyro", "flax", "optax", "flowjax", "equinox", "diffrax"),
+}
 """Each engine, and the modules its extra installs."""
 
 

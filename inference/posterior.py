@@ -63,6 +63,9 @@ def to_arviz(
     so) and what comes out is mostly reconstruction, optimistic by up to the rate. Use
     :func:`elbozoo.inference.evaluation.evaluate` on held-out data.
 
+    A program that draws one of its steps (a diffusion, see ``evaluate``) has no weights: ``sample_stats`` is empty,
+    there is no ``posterior_resampled``, and the prior groups, each draw of which is a chain, hold one draw a datum.
+
     Draws are independent and exactly the guide's: R-hat and the effective sample size of ``posterior`` always look
     well. What can be wrong is the guide, and ``pareto_k`` is what tells.
 
@@ -90,7 +93,8 @@ def to_arviz(
         out = program.predict(arrays, num_particles=size, seed=seed, prior=True)
         return {"latent": out["latent"], "observed": out["observed"]}
 
-    prior = _gather(ancestral, num_draws, chunk, seed, _PRIOR)
+    weighs = not program.outline(arrays).estimated
+    prior = _gather(ancestral, *((num_draws, chunk) if weighs else (1, 1)), seed, _PRIOR)
     shapes = {name: z.shape[1:] for name, z in prior["latent"].items()}
 
     def draw(size: int, seed: int) -> dict[str, Any]:
@@ -115,7 +119,7 @@ def to_arviz(
     names = _Names(program.spec, len(arrays[0]), dims or {})
     plates = ("draw", "data")[: log_weight.ndim]
     groups: dict[str, Variables] = {"posterior": names.latents(posterior)}
-    if resample:
+    if resample and weighs:
         chosen = resampled(log_weight, np.random.default_rng([seed, _RESAMPLE]))
         groups["posterior_resampled"] = names.latents({name: _take(z, chosen) for name, z in posterior.items()})
     groups |= {
@@ -125,7 +129,9 @@ def to_arviz(
             "log_weight": (plates, log_weight),
             "pareto_k": (plates[1:], pareto_k(log_weight)),
             "ess": (plates[1:], effective_draws(log_weight)),
-        },
+        }
+        if weighs
+        else {},
         "prior": names.latents(prior["latent"]),
         "prior_predictive": names.observations(prior["observed"]),
         "observed_data": names.data(arrays, predictive),
@@ -273,7 +279,7 @@ def _datasets(
     for variables in groups.values():
         for dims, values in variables.values():
             for dim, size in zip(dims, values.shape, strict=True):
-                if sizes.setdefault(dim, size) != size:
+                if sizes.setdefault(dim, size) != size and not (dim == "draw" and size == 1):  # of a diffusion's prior
                     raise must(
                         f"dim {dim!r}", "have one size everywhere", (sizes[dim], size), "Name one of them with dims="
                     )
@@ -288,8 +294,8 @@ def _datasets(
         data = {}
         for name, (dims, values) in variables.items():
             data[name.replace("/", ".")] = (dims, values)  # a slash in a name is a path to xarray and netCDF
-        used = dict.fromkeys(dim for dims, _ in data.values() for dim in dims)
-        out[group] = xarray.Dataset(data, coords={dim: index[dim] for dim in used}, attrs=dict(attrs))
+        used = {dim: size for dims, values in data.values() for dim, size in zip(dims, values.shape, strict=True)}
+        out[group] = xarray.Dataset(data, coords={dim: index[dim][:n] for dim, n in used.items()}, attrs=dict(attrs))
     return out
 
 

@@ -62,6 +62,7 @@ class _Layout:
     dims: tuple[int, ...]  # dims of the plates that every site shares
     scale: float
     joint: bool
+    estimated: str  # why the weight is not one; empty where it is
     data_per_entry: float
 
 
@@ -107,7 +108,20 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
     looped = _looped_size(everything)  # for i in pyro.plate(...): a site a datum, all in one weight
     joint = unshared or looped > 1 or bool(latent & observed - shared)
     data_per_entry = 1.0 if shared else max(looped, _data_size(model_trace, particle_dims))
-    return _Layout(tuple(sorted(d for _, d, _, _ in shared)), scale, joint, data_per_entry)
+    estimated = _why_estimated(everything, _samples(guide_trace), shared)
+    return _Layout(tuple(sorted(d for _, d, _, _ in shared)), scale, joint, estimated, data_per_entry)
+
+
+def _why_estimated(everything: list[Any], drawn: dict[str, Any], shared: frozenset[Any]) -> str:
+    """What of the log weight is an estimate; empty for a weight."""
+    for name, site in drawn.items():
+        if site["mask"] is False or (isinstance(site["fn"], MaskedDistribution) and site["fn"]._mask is False):
+            return f"site '{name}', which is masked out"
+    for site in everything:
+        for name, dim, size, full in _frames(site):
+            if shared and (name, dim, size, full) not in shared and full != size:
+                return f"plate '{name}', which is subsampled beside the data's"
+    return ""
 
 
 def _looped_size(sites: list[Any]) -> float:
@@ -181,6 +195,9 @@ def _log_prob(site: Any, layout: _Layout, particle_dim: int | None) -> tuple[tor
 def _density(fn: Any, value: torch.Tensor) -> torch.Tensor:
     """``fn.log_prob(value)``; a one-hot distribution's is continued linearly between the states, not rounded."""
     if isinstance(fn, MaskedDistribution):
+        if fn._mask is False:  # what counts nowhere need not have a density that can be worked out
+            shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+            return value.new_zeros(shape)
         log_prob = _density(fn.base_dist, value)
         return torch.where(torch.as_tensor(fn._mask), log_prob, log_prob.new_zeros(()))
     if isinstance(fn, dist.OneHotCategorical) and not fn._validate_args:
@@ -748,6 +765,7 @@ def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step:
         step=step,
         scale=layout.scale,
         joint=layout.joint,
+        estimated=layout.estimated,
         data_per_entry=layout.data_per_entry,
         observed=observed,
         values=values,

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from elbozoo.inference.arrays import Array, cos, stop_gradient
+from elbozoo.inference.arrays import Array, cos, namespace, stop_gradient
 from elbozoo.inference.errors import Refused, must
 from elbozoo.inference.gradients import GradientEstimator
 from elbozoo.inference.objectives import ELBO, Bound, Objective
@@ -492,3 +492,118 @@ class Classification(Shape):
 
     def schedule(self, terms: Terms) -> dict[str, Any]:
         return {"classification": stop_gradient(self._term(terms).mean())}
+
+
+class NoiseWeighting(Shape):
+    r"""A weight on each step of a diffusion by how noisy it is, relative to the ELBO's.
+
+    The ELBO charges a step ``charge / 2 ||e - e_said||^2``; these charge ``weight(snr) / 2 ||e - e_said||^2``, snr
+    being the signal-to-noise ratio at the drawn time. What the chain's two ends are charged stays as it is.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_gains(self)
+
+    def check(self, terms: Terms) -> None:
+        super().check(terms)
+        if "step" not in terms.sites or "level" not in terms.values:
+            got = sorted(terms.sites)
+            todo = "Use it with DiffusionVAE(process='one-step') or VariationalDiffusion"
+            condition = "be a diffusion that draws one step a datum (sites 'level' and 'step')"
+            raise must(f"the program under {type(self).__name__}", condition, got, todo, Refused)
+        if tuple(terms.log_lik.shape) != tuple(terms.values["level"].shape[:-1]):
+            todo = "Use process='one-step'"
+            got = f"levels of shape {tuple(terms.values['level'].shape)}"
+            raise must(f"the program under {type(self).__name__}", "draw one step a datum", got, todo, Refused)
+
+    @abstractmethod
+    def weight(self, snr: Array) -> Array:
+        """The weight on ``||e - e_said||^2 / 2`` at a signal-to-noise ratio."""
+
+    def shape(self, terms: Terms) -> Terms:
+        level = stop_gradient(terms.values["level"])
+        gain = self.weight(namespace(level).exp(level[..., 0])) / level[..., 1]
+        gains = {n: s.gain * gain if n == "step" else s.gain for n, s in terms.sites.items()}
+        return terms.shaped(gains, {n: s.offset for n, s in terms.sites.items()})
+
+    def schedule(self, terms: Terms) -> dict[str, Any]:
+        """What the weighting leaves uncharged (mean, nats): the bound it trains on lies so much above the ELBO."""
+        step = terms.sites["step"]
+        return {"weighted_gap": stop_gradient((step.rate - self.shape(terms).sites["step"].shaped_rate).mean())}
+
+
+@dataclass(frozen=True)
+class SimpleLoss(NoiseWeighting):
+    r"""The simple loss of denoising diffusion: every noise level counts alike, whatever the ELBO charges it.
+
+    ``weight = 1``. Beside the ELBO it takes weight from the little noise that is most of the nats and least of what
+    is seen.
+
+    Args:
+        objective: the objective to shape.
+
+    Limits: a schedule that is learned would learn to be cheap under it: keep it fixed.
+    Raises: Refused for programs that draw no step. References: Ho, Jain & Abbeel 2020 (arXiv 2006.11239), eq. 14.
+    """
+
+    objective: Objective = field(default_factory=ELBO)
+
+    def weight(self, snr: Array) -> Array:
+        return snr * 0.0 + 1.0
+
+
+@dataclass(frozen=True)
+class P2(NoiseWeighting):
+    r"""Perception-prioritised weighting: less for steps with little noise.
+
+    ``weight = (snr_offset + snr)^(-snr_power)``.
+
+    Args:
+        objective: the objective to shape.
+        snr_offset: k in the paper, above 0.
+        snr_power: γ in the paper, at least 0; 0 is :class:`SimpleLoss`.
+
+    Limits: as for :class:`SimpleLoss`.
+    Raises: InvalidArgument; Refused for programs that draw no step. References: Choi et al. 2022 (arXiv 2204.00227),
+        eq. 8.
+    """
+
+    objective: Objective = field(default_factory=ELBO)
+    snr_offset: float = 1.0
+    snr_power: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("snr_offset", self.snr_offset, lambda v: v > 0, "be finite and above 0", "The paper uses 1")
+        number("snr_power", self.snr_power, lambda v: v >= 0, "be finite and at least 0", "0 is SimpleLoss")
+
+    def weight(self, snr: Array) -> Array:
+        return (self.snr_offset + snr) ** -self.snr_power
+
+
+@dataclass(frozen=True)
+class MinSNR(NoiseWeighting):
+    r"""The signal's error, weighted by its signal-to-noise ratio up to a cap.
+
+    ``weight = min(snr, snr_cap) / snr``: of the signal's squared error ``||x - x_said||^2 = ||e - e_said||^2 / snr``
+    the weight is ``min(snr, snr_cap)``.
+
+    Args:
+        objective: the objective to shape.
+        snr_cap: γ in the paper, above 0.
+
+    Limits: as for :class:`SimpleLoss`.
+    Raises: InvalidArgument; Refused for programs that draw no step. References: Hang et al. 2023 (arXiv 2303.09556),
+        section 3.4.
+    """
+
+    objective: Objective = field(default_factory=ELBO)
+    snr_cap: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("snr_cap", self.snr_cap, lambda v: v > 0, "be finite and above 0", "The paper uses 5")
+
+    def weight(self, snr: Array) -> Array:
+        return (self.snr_cap / snr).clip(None, 1.0)

@@ -13,7 +13,7 @@ from typing import Any
 from jaxtyping import Float
 
 from elbozoo.inference.arrays import Array
-from elbozoo.inference.errors import must
+from elbozoo.inference.errors import Refused, must
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Site:
         auxiliary: whether the site is the guide's alone.
         support: where the model's site can lie, a constraint of the engine's; ``None`` for an auxiliary site.
         gain, offset: the shaped rate is ``gain * rate + offset`` (see :mod:`elbozoo.inference.shapes`); ``gain`` is a
-            scalar or one number per dimension ``(D,)``, ``offset`` a scalar per site.
+            scalar, one number per dimension ``(D,)``, or one a draw ``(K, *P)`` of two dims or more; ``offset`` a
+            scalar per site.
         guide_family: the class name of the guide's distribution.
         event_shape: of one value.
         num_classes: how many states each entry of a Bernoulli or categorical site has; 0 for others.
@@ -89,7 +90,7 @@ class Site:
     @property
     def shaped_rate(self) -> Array:
         """``Σ_j gain_j rate_j + offset``, ``(K, *P)``: what the training objective charges for this site."""
-        if getattr(self.gain, "ndim", 0) == 0:
+        if getattr(self.gain, "ndim", 0) != 1:
             return self.gain * self.rate + self.offset
         terms = self.rate_terms
         assert terms is not None, "a gain per dimension is set only where the rate factorises"
@@ -198,6 +199,16 @@ def check_made_of(site: str, cls: type, parameters: Mapping[str, Any]) -> None:
         ) from error
 
 
+def refuse_estimate(terms: Terms, what: str) -> None:
+    """Refuse a log weight that only its mean is right of, where weights are wanted.
+
+    Raises: Refused.
+    """
+    if terms.estimated:
+        todo = "Use ELBO; for a diffusion, its chain: process='chain', or VariationalDiffusion.with_steps"
+        raise must(f"the program of {what}", "weigh all that it draws", terms.estimated, todo, Refused)
+
+
 @dataclass(frozen=True)
 class Terms:
     r"""The arrays of one run of guide and model that every objective is made of.
@@ -212,6 +223,8 @@ class Terms:
         scale: ``size / subsample_size`` of the shared plates; outside every logarithm of a mean.
         joint: a site lies outside a plate that holds latents and data, so one weight covers all of that plate (or the
             whole batch).
+        estimated: why the log weight is an estimate of one, unbiased in its logarithm alone: a latent that is masked
+            out, or a plate of some sites only that is subsampled; empty where it is a weight.
         data_per_entry: how many data one entry of a bound covers: 1 where a plate is shared by every site (its entries
             are the data); else the size of the plates around the data.
         observed: ``log p`` of each observed site, ``(K, *P)``; they sum to ``log_lik``.
@@ -233,6 +246,7 @@ class Terms:
     step: Any = 0
     scale: Any = 1.0
     joint: bool = False
+    estimated: str = ""
     data_per_entry: float = 1.0
     observed: Mapping[str, Array] = field(default_factory=dict)
     values: Mapping[str, Array] = field(default_factory=dict, repr=False)

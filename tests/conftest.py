@@ -31,7 +31,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # An int is a float to Python's type checkers (PEP 484's tower), and so it is here.
 install_import_hook("elbozoo.inference", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-NEEDS = {"numpyro": ("jax", "numpyro", "flax", "optax", "flowjax", "equinox"), "pyro": ("torch", "pyro", "zuko")}
+NEEDS = {
+    "numpyro": ("jax", "numpyro", "flax", "optax", "flowjax", "equinox", "diffrax"),
+    "pyro": ("torch", "pyro", "zuko", "torchdiffeq"),
+}
 """What each engine's extra brings, by import name."""
 
 MISSING = {engine: [module for module in modules if find_spec(module) is None] for engine, modules in NEEDS.items()}

@@ -21,8 +21,8 @@ import elbozoo
 ROOT = Path(elbozoo.__file__).parents[1]
 LINKED = ("benchmarks", "guides", "inference", "zoo")
 ENGINES = {
-    "pyro": ("torch", "pyro", "zuko"),
-    "numpyro": ("jax", "jaxlib", "numpyro", "flax", "optax", "flowjax", "equinox"),
+    "pyro": ("torch", "pyro", "zuko", "torchdiffeq"),
+    "numpyro": ("jax", "jaxlib", "numpyro", "flax", "optax", "flowjax", "equinox", "diffrax"),
 }
 
 checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="elbozoo is installed, not checked out")

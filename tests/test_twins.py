@@ -40,7 +40,9 @@ from elbozoo.zoo import (
     Bernoulli,
     ContinuousBernoulli,
     Conv,
+    Denoiser,
     DiscretizedLogistic,
+    EndLikelihood,
     FlowPrior,
     Gaussian,
     Likelihood,
@@ -48,6 +50,7 @@ from elbozoo.zoo import (
     MixturePrior,
     Network,
     Prior,
+    Schedule,
     Spec,
     StandardNormal,
     VampPrior,
@@ -224,7 +227,11 @@ def test_twins(spec: Spec) -> None:
         np.testing.assert_allclose(twin_grads[name], grad, TOLERANCE, TOLERANCE, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", [Spec, Likelihood, Network, Prior, Family], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    [Spec, Likelihood, Network, Prior, Family, Denoiser, Schedule, EndLikelihood],
+    ids=lambda kind: kind.__name__,
+)
 def test_no_export_without_a_twin(kind: type[Part]) -> None:
     rows = collect()
     tested = {type(spec) for spec in rows} | {type(part) for spec in rows for part in vars(spec).values()}

@@ -6,6 +6,10 @@ if __name__ == "zoo":
 from elbozoo.zoo.autoencoder import Autoencoder
 from elbozoo.zoo.categorical_vae import CategoricalVAE
 from elbozoo.zoo.deep_hierarchical_vae import DeepHierarchicalVAE
+from elbozoo.zoo.denoisers import Denoiser, GaussianDenoiser, MLPDenoiser, UNet
+from elbozoo.zoo.diffusion import DiscretizedNormal, EndLikelihood, ExactNormal
+from elbozoo.zoo.diffusion.sampling import draw, flow_bound, flow_log_prob
+from elbozoo.zoo.diffusion_vae import DiffusionVAE
 from elbozoo.zoo.gaussian_mixture_vae import GaussianMixtureVAE
 from elbozoo.zoo.hierarchical_vae import HierarchicalVAE
 from elbozoo.zoo.ladder_vae import LadderVAE
@@ -21,10 +25,19 @@ from elbozoo.zoo.linear_vae import LinearVAE
 from elbozoo.zoo.networks import MLP, Conv, FullyConv, Network
 from elbozoo.zoo.priors import FlowPrior, MixturePrior, Prior, StandardNormal, VampPrior
 from elbozoo.zoo.quantizers import Codebook, FiniteScalar, Quantizer, Residual
+from elbozoo.zoo.schedules import (
+    CosineSchedule,
+    LearnedSchedule,
+    LinearSchedule,
+    PolynomialSchedule,
+    Schedule,
+    TabulatedSchedule,
+)
 from elbozoo.zoo.semi_supervised_vae import SemiSupervisedVAE
 from elbozoo.zoo.sigmoid_belief_net import SigmoidBeliefNet
 from elbozoo.zoo.spec import Spec
 from elbozoo.zoo.vae import VAE
+from elbozoo.zoo.variational_diffusion import VariationalDiffusion
 from elbozoo.zoo.vqvae import VQVAE, CodeUsage, code_usage
 
 __all__ = [
@@ -39,26 +52,44 @@ __all__ = [
     "Codebook",
     "ContinuousBernoulli",
     "Conv",
+    "CosineSchedule",
     "DeepHierarchicalVAE",
+    "Denoiser",
+    "DiffusionVAE",
     "DiscretizedLogistic",
+    "DiscretizedNormal",
+    "EndLikelihood",
+    "ExactNormal",
     "FiniteScalar",
     "FlowPrior",
     "FullyConv",
     "Gaussian",
+    "GaussianDenoiser",
     "GaussianMixtureVAE",
     "HierarchicalVAE",
     "LadderVAE",
+    "LearnedSchedule",
     "Likelihood",
+    "LinearSchedule",
     "LinearVAE",
+    "MLPDenoiser",
     "MixturePrior",
     "Network",
+    "PolynomialSchedule",
     "Prior",
     "Quantizer",
     "Residual",
+    "Schedule",
     "SemiSupervisedVAE",
     "SigmoidBeliefNet",
     "Spec",
     "StandardNormal",
+    "TabulatedSchedule",
+    "UNet",
     "VampPrior",
+    "VariationalDiffusion",
     "code_usage",
+    "draw",
+    "flow_bound",
+    "flow_log_prob",
 ]

@@ -5,8 +5,8 @@ Feature maps are (N, height, width, channels) inside; latents are (…, blocks, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from math import isqrt, sqrt
+from collections.abc import Callable
+from math import isqrt
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -18,20 +18,9 @@ from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import validate_sample
 
-Weights = Mapping[Any, Any]
-
+from elbozoo.zoo.networks.networks_numpyro import Convs, Weights, convolve
 
 # --- weights --------------------------------------------------------------------------------------------------------
-
-
-class Convs(nnx.Module):
-    """The weights of ``count`` equal convolutions, in torch's layout; of one, without the first axis, for None."""
-
-    def __init__(self, count: int | None, num_inputs: int, num_outputs: int, size: int, gain: float, rngs: nnx.Rngs):
-        lead, bound = () if count is None else (count,), gain * sqrt(6 / ((num_inputs + num_outputs) * size**2))
-        shape = (*lead, num_outputs, num_inputs, size, size)
-        self.weight = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.result_type(float), -bound, bound))
-        self.bias = nnx.Param(jnp.zeros((*lead, num_outputs)))
 
 
 class Residuals(nnx.Module):
@@ -40,20 +29,6 @@ class Residuals(nnx.Module):
     def __init__(self, count: int, num_inputs: int, hidden: int, num_outputs: int, gain: float, rngs: nnx.Rngs):
         sizes = ((num_inputs, hidden, 1, 1.0), (hidden, hidden, 3, 1.0), (hidden, num_outputs, 1, gain))
         self.layers = nnx.List([Convs(count, *each, rngs) for each in sizes])
-
-
-def weights(module: nnx.Module) -> Weights:
-    """The parameters of ``module``, as a tree of arrays."""
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
-
-
-def convolve(conv: Weights, x: Array) -> Array:
-    """One convolution that keeps the height and width: a matrix product, three times as fast as XLA's on a CPU."""
-    kernel, (height, width), size = conv["weight"], x.shape[1:3], conv["weight"].shape[-1]
-    padded, shifts = jnp.pad(x, ((0, 0), *((size // 2, size // 2),) * 2, (0, 0))), range(size)
-    seen = [padded[:, i : i + height, j : j + width] for i in shifts for j in shifts]
-    kernel = kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))
-    return (seen[0] if size == 1 else jnp.concatenate(seen, axis=-1)) @ kernel + conv["bias"]
 
 
 def residual(net: Weights, x: Array) -> Array:

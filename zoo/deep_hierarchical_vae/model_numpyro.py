@@ -13,17 +13,8 @@ from jax.nn import silu
 from jax.typing import ArrayLike
 
 from elbozoo.zoo.deep_hierarchical_vae import DeepHierarchicalVAE
-from elbozoo.zoo.deep_hierarchical_vae.layers_numpyro import (
-    Convs,
-    Layers,
-    Residuals,
-    Weights,
-    convolve,
-    repeat,
-    residual,
-    weights,
-)
-from elbozoo.zoo.networks.networks_numpyro import network
+from elbozoo.zoo.deep_hierarchical_vae.layers_numpyro import Layers, Residuals, repeat, residual
+from elbozoo.zoo.networks.networks_numpyro import Convs, Weights, convolve, network, weights
 from elbozoo.zoo.spec import plate_sizes
 
 

@@ -34,9 +34,9 @@ def linear(num_inputs: int, num_outputs: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
-def conv(num_inputs: int, num_outputs: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution with padding 1 and the initial weights the specs pin."""
-    layer = nn.Conv2d(num_inputs, num_outputs, 3, stride=stride, padding=1)
+def conv(num_inputs: int, num_outputs: int, stride: int = 1, size: int = 3) -> nn.Conv2d:
+    """A convolution that keeps the height and width, but for its stride, and the initial weights the specs pin."""
+    layer = nn.Conv2d(num_inputs, num_outputs, size, stride=stride, padding=size // 2)
     nn.init.xavier_uniform_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)

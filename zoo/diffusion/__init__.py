@@ -1,0 +1,222 @@
+r"""What the diffusion models share: the arithmetic of one step, and the last step down to the data.
+
+Everything is of ``z = alpha x + sigma e`` with ``alpha^2 = s(log_snr)``, ``sigma^2 = s(-log_snr)``, s the sigmoid, and
+written once for NumPy, JAX and torch. Shapes: z, x, e (..., D); log_snr (...).
+
+References: Kingma, Salimans, Poole & Ho 2021, Variational diffusion models, arXiv 2107.00630 (VDM below).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+
+from elbozoo.inference.arrays import Array, concatenate, expm1, namespace
+from elbozoo.inference.errors import must
+from elbozoo.inference.parts import Part, whole_number
+from elbozoo.zoo.likelihoods import DiscretizedLogistic, Gaussian
+
+__all__ = ["PREDICTS", "DiscretizedNormal", "EndLikelihood", "ExactNormal"]
+
+PREDICTS = ("noise", "signal", "velocity")
+"""What a denoiser's output can mean."""
+
+
+# --- one step -----------------------------------------------------------------------------------------------------
+
+
+def scales(log_snr: Array) -> tuple[Array, Array]:
+    """``(alpha, sigma)`` with a last axis of one, (..., 1)."""
+    xp = namespace(log_snr)
+    log_snr = log_snr[..., None]
+    return (1.0 / (1.0 + xp.exp(-log_snr))) ** 0.5, (1.0 / (1.0 + xp.exp(log_snr))) ** 0.5
+
+
+def noise_of(z: Array, x: Array, log_snr: Array) -> Array:
+    """The noise e in ``z = alpha x + sigma e``."""
+    alpha, sigma = scales(log_snr)
+    return (z - alpha * x) / sigma
+
+
+def signal_of(z: Array, noise: Array, log_snr: Array) -> Array:
+    """The signal x in ``z = alpha x + sigma e``."""
+    alpha, sigma = scales(log_snr)
+    return (z - sigma * noise) / alpha
+
+
+def noise_said(output: Array, z: Array, log_snr: Array, predicts: str) -> Array:
+    """The noise that a denoiser's output says there is."""
+    if predicts == "noise":
+        return output
+    if predicts == "signal":
+        return noise_of(z, output, log_snr)
+    alpha, sigma = scales(log_snr)
+    return alpha * output + sigma * z
+
+
+def step_back(z: Array, noise: Array, log_snr: Array, earlier: Array) -> tuple[Array, Array]:
+    """Location and scale (..., 1) of ``q(z_s | z_t, x)`` for the x that ``noise`` makes of z_t (VDM, eqs. 25-27).
+
+    Args:
+        z, noise: at time t.
+        log_snr, earlier: at t, and at s < t, where it is larger.
+    """
+    alpha, sigma = scales(log_snr)
+    alpha_s, sigma_s = scales(earlier)
+    lost = -expm1(log_snr - earlier)[..., None]
+    return alpha_s / alpha * (z - lost * sigma * noise), sigma_s * lost**0.5
+
+
+def step_without_noise(z: Array, noise: Array, log_snr: Array, earlier: Array) -> Array:
+    """The step of DDIM: the signal and the noise as they are said to be, mixed as at s (arXiv 2010.02502, eq. 12)."""
+    alpha_s, sigma_s = scales(earlier)
+    return alpha_s * signal_of(z, noise, log_snr) + sigma_s * noise
+
+
+def flow(z: Array, noise: Array, log_snr: Array) -> Array:
+    r"""``dz / d log_snr`` of the probability flow: ``(sigma^2 z - sigma e) / 2``.
+
+    From ``dz/dt = f z - g^2 score / 2`` with ``f = d log alpha / dt`` and score ``-e / sigma``: in the log
+    signal-to-noise ratio ``d log alpha = sigma^2 / 2`` and ``g^2 = -sigma^2``, whatever the schedule.
+
+    References: Song et al. 2021, arXiv 2011.13456, eq. 13; VDM, eq. 13 for the schedule's part in it.
+    """
+    sigma = scales(log_snr)[1]
+    return 0.5 * (sigma**2 * z - sigma * noise)
+
+
+# --- from z_0 to the data -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class EndLikelihood(Part):
+    """A family for ``p(x | z_0)`` without parameters: what is left to say when almost no noise is left."""
+
+    stem: ClassVar[str] = "ends"
+
+    def check(self, x: Any) -> None:
+        """Raise InvalidArgument unless every entry of ``x`` lies in the support."""
+        raise NotImplementedError
+
+    def signal(self, x: Array) -> Array:
+        """What of the data is noised."""
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactNormal(EndLikelihood):
+    """Real data: ``p(x | z_0) = N(x; z_0 / alpha_0, sigma_0^2 / alpha_0^2)``.
+
+    Shapes: z_0, x (..., data_dim). Units: nats (of a density). Support: finite reals.
+    References: VDM, appendix E, for continuous data.
+
+    Example:
+        >>> ExactNormal().check(np.array([0.5, -3.0]))
+    """
+
+    def check(self, x: Any) -> None:
+        Gaussian().check(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscretizedNormal(EndLikelihood):
+    r"""Quantised data: ``p(x_i = v_k | z_0) ∝ N(z_{0,i}; alpha_0 u_k, sigma_0^2)``, normalised over the levels.
+
+    Levels are ``v_k = k / (levels - 1)``, noised as ``u_k = 2 v_k - 1`` in [-1, 1].
+
+    Shapes: z_0, x (..., data_dim). Units: nats (of a mass); divide by ``data_dim log 2`` for bits per dimension.
+    Support: multiples of 1 / (levels - 1) in [0, 1].
+
+    Args:
+        levels: number of values an entry can take, 256 for 8-bit images.
+
+    Raises: InvalidArgument.
+    References: VDM, appendix E, eq. 33.
+
+    Example:
+        >>> DiscretizedNormal(levels=5).check(np.array([0.0, 0.25]))
+    """
+
+    levels: int = 256
+
+    def __post_init__(self) -> None:
+        whole_number("levels", self.levels, 2)
+
+    def check(self, x: Any) -> None:
+        DiscretizedLogistic(self.levels).check(x)  # of the same data
+
+    def signal(self, x: Array) -> Array:
+        return 2.0 * x - 1.0
+
+    def grid(self) -> np.ndarray:
+        """The levels as they are noised, (levels,)."""
+        return np.linspace(-1.0, 1.0, self.levels)
+
+
+def check_predicts(predicts: str, needs: str) -> None:
+    """Refuse a meaning that there is not, or that the denoiser cannot have."""
+    if predicts not in PREDICTS or (needs and predicts != needs):
+        choices = [needs] if needs else list(PREDICTS)
+        raise must("predicts", f"be one of {choices}", repr(predicts), f"Pass predicts={choices[0]!r}")
+
+
+# --- sites ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Which sites a diffusion has where its chain is not written out.
+
+    In order, ``last`` (the chain's z_T), and of each step that is charged ``time``, uniform on (0, 1), ``level``
+    (:func:`level_at`), ``noisy``, the noised signal, and ``step``, the chain's next value given that one: the only one
+    of these four whose densities count. Then ``z0``, which does not count either: its density is what the others bound.
+
+    Args:
+        num_steps: T; 0 for infinitely many.
+        last: name of the chain's last site.
+        every: all T steps, each from a noisy signal of its own, in a plate ``times`` and without ``time``; else one
+            step a datum, scaled by T.
+        stratified: spread the times of a batch evenly.
+        watched: the guide draws the noise in ``noisy`` as a site ``noise`` before ``level``.
+        sampling_steps: steps of the chain that draws z_0 where the model is run by itself.
+    """
+
+    num_steps: int
+    last: str
+    every: bool = False
+    stratified: bool = True
+    watched: bool = False
+    sampling_steps: int = 0
+
+
+# --- a drawn time -------------------------------------------------------------------------------------------------
+
+
+def level_at(schedule: Any, t: Array, num_steps: int, *factor: Array) -> Array:
+    r"""``(log_snr, charge)`` at times t, (..., 2): a step's whole charge is ``charge / 2 ||e - e_said||^2``.
+
+    ``charge = T expm1(log_snr_s - log_snr_t)`` with ``s = t - 1/T`` (VDM, eqs. 13, 14, times T for the one step of T
+    that is drawn), and ``-d log_snr / dt`` for infinitely many steps (eq. 17).
+
+    Args:
+        schedule: of the times.
+        t: times.
+        num_steps: T; 0 for infinitely many.
+        factor: on the gradient of what a learned schedule does between its ends.
+    """
+    log_snr, charge = schedule(t, *factor)
+    if num_steps:
+        charge = num_steps * expm1(schedule(t - 1.0 / num_steps, *factor)[0] - log_snr)
+    return concatenate([log_snr[..., None], charge[..., None]], -1)
+
+
+def before(level: Array, num_steps: int) -> Array:
+    """The log signal-to-noise ratio one step of T before a level's."""
+    return level[..., 0] + namespace(level).log1p(level[..., 1] / num_steps)
+
+
+def to_step(t: Array, num_steps: int) -> Array:
+    """A time in (0, 1) as the end of the step, of T, that it falls into; itself for infinitely many."""
+    return namespace(t).floor(t * num_steps).clip(0, num_steps - 1.0) / num_steps + 1.0 / num_steps if num_steps else t
