@@ -8,6 +8,7 @@ from elbozoo.zoo.categorical_vae import CategoricalVAE
 from elbozoo.zoo.deep_hierarchical_vae import DeepHierarchicalVAE
 from elbozoo.zoo.gaussian_mixture_vae import GaussianMixtureVAE
 from elbozoo.zoo.hierarchical_vae import HierarchicalVAE
+from elbozoo.zoo.hierarchical_vqvae import HierarchicalVQVAE
 from elbozoo.zoo.ladder_vae import LadderVAE
 from elbozoo.zoo.likelihoods import (
     AutoregressiveBernoulli,
@@ -47,6 +48,7 @@ __all__ = [
     "Gaussian",
     "GaussianMixtureVAE",
     "HierarchicalVAE",
+    "HierarchicalVQVAE",
     "LadderVAE",
     "Likelihood",
     "LinearVAE",
