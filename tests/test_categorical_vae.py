@@ -14,14 +14,16 @@ from scipy.special import log_expit, log_softmax, logsumexp
 from elbozoo.inference import ELBO, IWAE, Adam, evaluate, fit
 from elbozoo.inference.discrete import REBAR, DisARM, Enumerate, GumbelSoftmax
 from elbozoo.inference.errors import InvalidArgument, Refused
-from elbozoo.inference.gradients import VIMCO, ScoreFunction
+from elbozoo.inference.gradients import NVIL, RWS, VIMCO, ScoreFunction
 from elbozoo.zoo import MLP, CategoricalVAE, Conv, Gaussian
 
 TWINS = [
     CategoricalVAE(6, 3, 4, MLP((5,))),
     CategoricalVAE(16, 2, 3, Conv((1, 4, 4), (3,), 6), Gaussian("pixel")),
+    CategoricalVAE(6, 3, 4, MLP((5,)), autoregressive_guide=True),
 ]
 TINY = CategoricalVAE(3, 2, 3, MLP((4,)))
+AUTOREGRESSIVE = CategoricalVAE(3, 3, 3, MLP((4,)), autoregressive_guide=True)
 X = np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
 
 
@@ -141,6 +143,171 @@ def test_a_traced_step_draws_what_pyros_own_distribution_draws() -> None:
     assert trainer.compiled is not None
 
 
+# --- the autoregressive guide -----------------------------------------------------------------------------------
+
+Weights = dict[str, np.ndarray]
+
+
+def dense(weights: Weights, network: str, x: np.ndarray) -> np.ndarray:
+    hidden = np.tanh(x @ weights[f"{network}.layers.0.weight"].T + weights[f"{network}.layers.0.bias"])
+    return hidden @ weights[f"{network}.layers.1.weight"].T + weights[f"{network}.layers.1.bias"]
+
+
+def log_densities(weights: Weights, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every state of three latents of three categories, ``(27, 3, 3)``; ``log p(x, z)`` and ``log q(z | x)``, ``(27, B)``.
+
+    The guide's is the product of its conditionals, latent by latent, each by its own blocks.
+    """
+    z = np.eye(3)[np.array(list(product(range(3), repeat=3)))]
+    logits = dense(weights, "decoder", z.reshape(27, 1, 9))
+    joint = (x * log_expit(logits) + (1 - x) * log_expit(-logits)).sum(-1) - 3 * np.log(3)
+    own, blocks = (
+        dense(weights, "encoder", x).reshape(-1, 3, 3),
+        weights["posterior.autoregression"].reshape(3, 3, 3, 3),
+    )
+    guide = np.zeros(joint.shape)
+    for i in range(3):
+        conditional = own[:, i] + sum((z[:, j] @ blocks[i, :, j].T for j in range(i)), start=np.zeros((27, 3)))[:, None]
+        guide += (z[:, i, None] * log_softmax(conditional, axis=-1)).sum(-1)
+    return z, joint, guide
+
+
+def test_every_state_under_the_autoregressive_guide(engine: str) -> None:
+    z, joint, guide = log_densities(weights_of(AUTOREGRESSIVE), X)
+    values = {"z": np.repeat(z[:, None], len(X), axis=1)}
+    found = trained(engine, AUTOREGRESSIVE).apply(densities, (X,), values=values)
+    np.testing.assert_allclose(found[0], joint, rtol=1e-11)
+    np.testing.assert_allclose(found[1], guide, rtol=1e-11)
+    np.testing.assert_allclose(logsumexp(found[1], axis=0), 0.0, atol=1e-12)
+    apart = guide.reshape(3, 3, 3, -1)
+    conditional = apart - logsumexp(apart, axis=(1, 2), keepdims=True)
+    assert np.ptp(conditional, axis=0).max() > 0.1, "the later latents see the first one"
+
+
+def test_draws_of_the_autoregressive_guide_have_its_probabilities(engine: str) -> None:
+    """State by state, and so the ELBO of one particle in expectation, which is told apart from that of none."""
+    z, joint, guide = log_densities(weights_of(AUTOREGRESSIVE), X)
+    num = 40_000
+    found = trained(engine, AUTOREGRESSIVE).apply(drawn_and_weighed, (X,), num_particles=num, seed=1)
+    draws, weights = found["z"], found["log_weight"]
+    state = (draws.argmax(-1) * [9, 3, 1]).sum(-1)
+    assert (draws == z[state]).all()
+    share = np.stack([np.bincount(each, minlength=27) / num for each in state.T], axis=-1)
+    probability = np.exp(guide)
+    assert (abs(share - probability) < 5 * np.sqrt(probability * (1 - probability) / num)).all()
+    elbo = (probability * (joint - guide)).sum(axis=0)
+    error = weights.std(axis=0) / num**0.5
+    assert (abs(weights.mean(axis=0) - elbo) < 4.5 * error).all()
+    assert (error < 0.02).all(), "no power"
+
+
+def drawn_and_weighed(terms: Any) -> Any:
+    return {"z": terms.values["z"], "log_weight": terms.log_weight}
+
+
+def test_a_guide_that_sees_nothing_before_it_is_the_factorised_one(engine: str) -> None:
+    """And so it is at first: what is on and above the diagonal never counts."""
+    factorised = CategoricalVAE(3, 3, 3, MLP((4,)))
+    weights = weights_of(AUTOREGRESSIVE)
+    above = np.where(np.tril(np.ones((3, 3)), -1).repeat(3, 0).repeat(3, 1), 0.0, weights["posterior.autoregression"])
+    assert above.any()
+    values = {"z": np.repeat(log_densities(weights, X)[0][:, None], len(X), axis=1)}
+    blind = trained(engine, AUTOREGRESSIVE).with_weights(weights | {"posterior.autoregression": above})
+    without = {n: a for n, a in weights.items() if n != "posterior.autoregression"}
+    expected = getattr(factorised, engine)().with_weights(without).apply(densities, (X,), values=values)
+    np.testing.assert_allclose(blind.apply(densities, (X,), values=values), expected, rtol=1e-11)
+    from test_twins import initial_weights
+
+    assert not initial_weights(engine, AUTOREGRESSIVE)["posterior.autoregression"].any()
+
+
+@pytest.mark.parametrize(
+    "objective", [ELBO(gradient=ScoreFunction(baseline="none")), IWAE(2, VIMCO())], ids=["score-function", "vimco"]
+)
+def test_gradients_of_the_autoregressive_guide_are_unbiased(engine: str, objective: Any) -> None:
+    """Weighted by every outcome's probability they are the derivative of the bound's sum over states: no draws at all."""
+    x, weights, num = X[:1], weights_of(AUTOREGRESSIVE), objective.num_particles
+    z, _, guide = (a[:, 0] if a.ndim == 2 else a for a in log_densities(weights, x))
+    outcomes = np.array(list(product(range(27), repeat=num))).T  # (K, 27^K)
+    probability = np.exp(guide[outcomes].sum(axis=0))
+
+    def expected_bound(weights: Weights) -> float:
+        _, joint, guide = log_densities(weights, x)
+        log_weight = (joint - guide)[outcomes, 0]
+        return float(np.exp(guide[outcomes, 0].sum(axis=0)) @ (logsumexp(log_weight, axis=0) - np.log(num)))
+
+    found = weighted_gradient(engine, objective, np.repeat(x, len(probability), axis=0), z[outcomes], probability)
+    assert sorted(found) == sorted(weights)
+    for name, array in weights.items():
+        want = np.zeros_like(array)
+        for i in np.ndindex(array.shape):
+            step = np.zeros_like(array)
+            step[i] = 1e-5
+            above, below = (expected_bound(weights | {name: array + s}) for s in (step, -step))
+            want[i] = (above - below) / 2e-5
+        assert abs(want).max() > 1e-3, name
+        np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def weighted_gradient(engine: str, objective: Any, x: np.ndarray, z: np.ndarray, probability: np.ndarray) -> Weights:
+    """Of the surrogate at latents (K, B, 3, 3), each datum's weighted by its probability (B,)."""
+    found, num = trained(engine, AUTOREGRESSIVE), len(z)
+    if engine == "pyro":
+        import torch
+
+        args = torch.tensor(x), torch.tensor(z), torch.tensor(probability)
+        terms = found.terms(args[:1], num_particles=num, values={"z": args[1]})
+        (args[2] * objective.surrogate(terms)).sum().backward()
+        return {n: p.grad.numpy() for n, p in found._tensors().items() if p.requires_grad}
+    import jax
+
+    from elbozoo.inference.numpyro_engine import particles
+    from elbozoo.inference.weights import to_torch_layout
+
+    def surrogate(params: dict) -> Any:
+        forms, values = (found.model_fn, found.guide_fn), {"z": jax.numpy.asarray(z)}
+        terms, _ = particles(jax.random.key(0), params, *forms, (x,), num_particles=num, values=values)
+        return (probability * objective.surrogate(terms)).sum()
+
+    return to_torch_layout(jax.jit(jax.grad(surrogate))(found.params))
+
+
+@pytest.mark.parametrize("gradient", [DisARM(), REBAR(), GumbelSoftmax(), Enumerate()], ids=repr)
+def test_gradients_that_look_at_the_logits_refuse_the_autoregressive_guide(engine: str, gradient: Any) -> None:
+    program = getattr(AUTOREGRESSIVE, engine)()
+    with pytest.raises(Refused, match=r"site 'z' under \w+ must be of a .*; got AutoregressiveOneHot.*VIMCO"):
+        fit(program, X, objective=ELBO(gradient=gradient), epochs=1, progress=False)
+
+
+def test_the_pathwise_gradient_refuses_the_autoregressive_guide(engine: str) -> None:
+    with pytest.raises(Refused, match="site 'z' under Pathwise must have a reparameterised guide"):
+        fit(getattr(AUTOREGRESSIVE, engine)(), X, objective=ELBO(), epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "objective", [IWAE(3, VIMCO()), ELBO(gradient=NVIL(baseline_units=4)), IWAE(3, RWS())], ids=str
+)
+def test_it_trains_with_an_autoregressive_guide(engine: str, objective: Any) -> None:
+    x = (np.random.default_rng(0).random((48, 5)) < 0.3) * 1.0
+    program = getattr(CategoricalVAE(5, 3, 4, MLP((4,)), autoregressive_guide=True), engine)()
+    run = fit(program, x, objective=objective, epochs=2, batch_size=16, progress=False)
+    assert np.isfinite(run.history[-1]["bound"])
+    within = run.program.weights["posterior.autoregression"]
+    below = np.tril(np.ones((3, 3)), -1).repeat(4, 0).repeat(4, 1) > 0
+    assert np.isfinite(within).all()
+    assert within[below].all()
+    assert not within[~below].any()
+
+
+@pytest.mark.pyro
+def test_a_traced_step_takes_the_autoregressive_guide() -> None:
+    trainer = import_module("elbozoo.inference.pyro_trainer").Trainer(
+        AUTOREGRESSIVE.pyro(), IWAE(3, VIMCO()), Adam(), (X,), batch_size=4, seeds=[0], redraw_pixels=False, device=None
+    )  # fmt: skip
+    trainer.epoch(np.arange(4)[None, None])
+    assert trainer.compiled is not None
+
+
 # --- training ---------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +349,7 @@ def test_disarm_is_for_two_categories(engine: str) -> None:
         ({"num_categories": 1}, "num_categories must be a whole number of at least 2; got 1"),
         ({"network": MLP}, "network must be a Network; got"),
         ({"data_dim": 3, "network": Conv()}, "image_shape must have data_dim=3 entries; got"),
+        ({"autoregressive_guide": 1}, "autoregressive_guide must be True or False; got 1"),
         ({"likelihood": "gaussian"}, "likelihood must be a Likelihood; got"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import os
@@ -128,10 +129,12 @@ def test_the_default_gradient_fits_the_model(name: str) -> None:
 
     from elbozoo.inference.numpyro_engine import particles
 
-    spec = options.choices(Spec)[name](data_dim=4)
-    chosen = cli.train_command(options.choices(Spec)[name])().objective.gradient
+    cls = options.choices(Spec)[name]
+    of_rows = any(field.name == "data_dim" for field in dataclasses.fields(cls))
+    spec = cls(data_dim=4) if of_rows else cls(image_shape=(1, 4, 4))
+    chosen = cli.train_command(cls)().objective.gradient
     objective = ELBO(gradient=options.choose("gradient", GradientEstimator, chosen)())
-    program, x = spec.numpyro(), np.zeros((3, 4))
+    program, x = spec.numpyro(), np.zeros((3, spec.data_dim))
     params, _, _ = program.init(jax.random.key(0), x)
     terms, _ = particles(jax.random.key(1), params, program.model_fn, program.guide_fn, (x,))
     objective.check(terms)

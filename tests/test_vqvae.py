@@ -24,6 +24,7 @@ from elbozoo.zoo import (
     FullyConv,
     Quantizer,
     Residual,
+    Spec,
     code_usage,
 )
 
@@ -42,13 +43,13 @@ X = (np.random.default_rng(0).random((7, 6)) < 0.5) * 1.0
 OBJECTIVE = ELBO(gradient=StraightThrough(codebook=0.7, commitment=0.3))
 
 
-def random_weights(spec: VQVAE, seed: int = 0) -> dict[str, np.ndarray]:
+def random_weights(spec: Spec, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     found = {n: np.asarray(a + 0.6 * rng.standard_normal(a.shape), a.dtype) for n, a in spec.pyro().weights.items()}
     return found | {n: 0.0 * a for n, a in found.items() if n.startswith("encoder.") and n.endswith(".bias")}
 
 
-def program(engine: str, spec: VQVAE, weights: dict[str, np.ndarray]) -> Any:
+def program(engine: str, spec: Spec, weights: dict[str, np.ndarray]) -> Any:
     return getattr(spec, engine)().with_weights(weights)
 
 
@@ -176,7 +177,9 @@ def values_of(terms: Any) -> Any:
 # --- gradients --------------------------------------------------------------------------------------------------
 
 
-def gradient(engine: str, spec: VQVAE, weights: dict[str, np.ndarray], objective: Any) -> tuple[float, dict]:
+def gradient(
+    engine: str, spec: Spec, weights: dict[str, np.ndarray], objective: Any, x: np.ndarray = X
+) -> tuple[float, dict]:
     """The drop-in loss and its gradient, by weight."""
     found = program(engine, spec, weights)
     if engine == "pyro":
@@ -184,7 +187,7 @@ def gradient(engine: str, spec: VQVAE, weights: dict[str, np.ndarray], objective
 
         from elbozoo.inference.pyro_engine import Loss
 
-        loss = Loss(objective).differentiable_loss(found.model, found.guide, torch.tensor(X))
+        loss = Loss(objective).differentiable_loss(found.model, found.guide, torch.tensor(x))
         loss.backward()
         tensors = found._tensors().items()
         return loss.item(), {n: None if p.grad is None else p.grad.numpy() for n, p in tensors if p.requires_grad}
@@ -195,7 +198,7 @@ def gradient(engine: str, spec: VQVAE, weights: dict[str, np.ndarray], objective
 
     def loss_of(params: dict) -> Any:
         every = {**params, **(found.mutable or {})}
-        return NumPyroLoss(objective).loss(jax.random.key(0), every, found.model_fn, found.guide_fn, X)
+        return NumPyroLoss(objective).loss(jax.random.key(0), every, found.model_fn, found.guide_fn, x)
 
     value, grads = jax.jit(jax.value_and_grad(loss_of))(found.params)
     return float(value), to_torch_layout(grads)

@@ -12,6 +12,7 @@ from elbozoo.zoo.diffusion.sampling import draw, flow_bound, flow_log_prob
 from elbozoo.zoo.diffusion_vae import DiffusionVAE
 from elbozoo.zoo.gaussian_mixture_vae import GaussianMixtureVAE
 from elbozoo.zoo.hierarchical_vae import HierarchicalVAE
+from elbozoo.zoo.hierarchical_vqvae import HierarchicalVQVAE
 from elbozoo.zoo.ladder_vae import LadderVAE
 from elbozoo.zoo.likelihoods import (
     AutoregressiveBernoulli,
@@ -67,6 +68,7 @@ __all__ = [
     "GaussianDenoiser",
     "GaussianMixtureVAE",
     "HierarchicalVAE",
+    "HierarchicalVQVAE",
     "LadderVAE",
     "LearnedSchedule",
     "Likelihood",

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from elbozoo.inference.numpyro_distributions import OneHotCategorical
 from elbozoo.zoo.categorical_vae import CategoricalVAE
+from elbozoo.zoo.categorical_vae.posterior_numpyro import AutoregressivePosterior
 from elbozoo.zoo.networks.networks_numpyro import network
 from elbozoo.zoo.spec import plate_sizes
 
@@ -57,8 +58,11 @@ class Guide:
         """q(z | x) for x of shape (..., data_dim)."""
         spec = self.spec
         encoder = network(self.prefix + "encoder", partial(self.Encoder, spec.network, spec.data_dim, spec.num_codes))
-        logits = encoder(x)
-        return OneHotCategorical(logits.reshape(*logits.shape[:-1], spec.num_latents, spec.num_categories)).to_event(1)
+        outputs = encoder(x)
+        logits = outputs.reshape(*outputs.shape[:-1], spec.num_latents, spec.num_categories)
+        if spec.autoregressive_guide:
+            return network(self.prefix + "posterior", partial(AutoregressivePosterior, spec))(logits)
+        return OneHotCategorical(logits).to_event(1)
 
     def __call__(self, x: ArrayLike, size: int | None = None) -> Array:
         """Sample z given x. Returns z of shape (B, num_latents, num_categories)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from elbozoo.inference.pyro_distributions import OneHotCategorical
 from elbozoo.zoo.categorical_vae import CategoricalVAE
+from elbozoo.zoo.categorical_vae.posterior_pyro import AutoregressivePosterior
 from elbozoo.zoo.spec import plate_sizes
 
 
@@ -50,10 +51,14 @@ class Guide(PyroModule):
         super().__init__(name)
         self.spec = spec
         self.encoder = spec.network.form("pyro", "Encoder")(spec.network, spec.data_dim, spec.num_codes)
+        if spec.autoregressive_guide:
+            self.posterior = AutoregressivePosterior(spec)
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x) for x of shape (..., data_dim)."""
         logits = self.encoder(x).unflatten(-1, (self.spec.num_latents, self.spec.num_categories))
+        if self.spec.autoregressive_guide:
+            return self.posterior(logits)
         return OneHotCategorical(logits=logits).to_event(1)
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:

@@ -40,9 +40,9 @@ class Quantizer(Part):
     num_codes: ClassVar[Any]
     code_dim: ClassVar[Any]
 
-    def table(self, weights: dict[str, Any]) -> np.ndarray:
-        """The codes, (depth, num_codes, code_dim), given a program's weights."""
-        return np.asarray(weights["codebook.codes"])
+    def table(self, weights: dict[str, Any], name: str = "codebook") -> np.ndarray:
+        """The codes, (depth, num_codes, code_dim), given a program's weights, there called ``<name>.codes``."""
+        return np.asarray(weights[f"{name}.codes"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ class FiniteScalar(Quantizer):
     def code_dim(self) -> int:  # type: ignore[override]
         return len(self.levels)
 
-    def table(self, weights: dict[str, Any]) -> np.ndarray:
+    def table(self, weights: dict[str, Any], name: str = "codebook") -> np.ndarray:
         axes = [(np.arange(level) - level // 2) / (level // 2) for level in self.levels]
         return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(1, -1, len(self.levels))
 

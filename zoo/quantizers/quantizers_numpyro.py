@@ -246,36 +246,54 @@ class UniformCodes(dist.Distribution):
 
 
 class AutoregressiveCodes(dist.Distribution):
-    """A code of each codebook given the indices before it; batch shape (), event shape (P depth, D).
+    """A code of each codebook given the indices before it; batch shape () or the context's, event shape (P depth, D).
 
-    ``logits`` maps indices (..., P depth) to the logits of each (..., P depth, K), which depend on those before it.
+    ``logits`` maps indices (..., P depth) to the logits of each (..., P depth, K), which depend on those before it, and
+    on the indices (*batch, n) of the context where there is one.
     """
 
     arg_constraints: ClassVar = {}
     support = constraints.independent(_Codes(), 1)
-    pytree_data_fields = ("codes",)
+    pytree_data_fields = ("codes", "context")
     pytree_aux_fields = ("logits",)
 
-    def __init__(self, codes: Array, positions: int, logits: Callable, *, validate_args: bool | None = None):
-        self.codes, self.logits = stop_gradient(codes), logits
-        super().__init__((), (positions * len(codes), codes.shape[-1]), validate_args=validate_args)
+    def __init__(
+        self,
+        codes: Array,
+        positions: int,
+        logits: Callable,
+        context: Array | None = None,
+        *,
+        validate_args: bool | None = None,
+    ):
+        self.codes, self.logits, self.context = stop_gradient(codes), logits, context
+        batch_shape = () if context is None else context.shape[:-1]
+        super().__init__(batch_shape, (positions * len(codes), codes.shape[-1]), validate_args=validate_args)
+
+    def _conditionals(self, index: Array) -> Array:
+        return self.logits(index) if self.context is None else self.logits(index, self.context)
 
     def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
-        length = self.event_shape[0]
-        noise = jax.random.gumbel(key, (*sample_shape, length, self.codes.shape[1]), self.codes.dtype)
+        shape, length = sample_shape + self.batch_shape, self.event_shape[0]
+        noise = jax.random.gumbel(key, (*shape, length, self.codes.shape[1]), self.codes.dtype)
 
         def draw(i: Any, index: Array) -> Array:
-            return index.at[..., i].set(jnp.argmax(self.logits(index)[..., i, :] + noise[..., i, :], -1))
+            return index.at[..., i].set(jnp.argmax(self._conditionals(index)[..., i, :] + noise[..., i, :], -1))
 
-        index = jax.lax.fori_loop(0, length, draw, jnp.zeros((*sample_shape, length), int))
-        return look_up(self.codes, index.reshape(*sample_shape, -1, len(self.codes)))
+        index = jax.lax.fori_loop(0, length, draw, jnp.zeros((*shape, length), int))
+        return look_up(self.codes, index.reshape(*shape, -1, len(self.codes)))
 
     @validate_sample
     def log_prob(self, value: Array) -> Array:
         index, inside = find(self.codes, value)
-        each = jax.nn.log_softmax(self.logits(index))
+        each = jax.nn.log_softmax(self._conditionals(index))
         chosen = jnp.take_along_axis(each, index[..., None], -1)[..., 0]
         return jnp.where(inside.all(-1), chosen.sum(-1), -jnp.inf)
+
+
+def indices(codes: Array, value: Array) -> Array:
+    """Indices (..., P depth) of the codes (depth, K, D) that values (..., P depth, D) stand for."""
+    return find(stop_gradient(codes), value)[0]
 
 
 def look_up(codes: Array, index: Array) -> Array:

@@ -248,41 +248,61 @@ class UniformCodes(TorchDistribution):
 
 
 class AutoregressiveCodes(TorchDistribution):
-    """A code of each codebook given the indices before it; batch shape (), event shape (P depth, D).
+    """A code of each codebook given the indices before it; batch shape () or the context's, event shape (P depth, D).
 
-    ``logits`` maps indices (..., P depth) to the logits of each (..., P depth, K), which depend on those before it.
+    ``logits`` maps indices (..., P depth) to the logits of each (..., P depth, K), which depend on those before it, and
+    on the indices (*batch, n) of the context where there is one.
     """
 
     arg_constraints: ClassVar = {}
     support = constraints.independent(_Codes(), 1)
 
-    def __init__(self, codes: Tensor, positions: int, logits: Callable, *, validate_args: bool | None = None):
-        self.codes, self.logits = codes.detach(), logits
+    def __init__(
+        self,
+        codes: Tensor,
+        positions: int,
+        logits: Callable,
+        context: Tensor | None = None,
+        *,
+        validate_args: bool | None = None,
+    ):
+        self.codes, self.logits, self.context = codes.detach(), logits, context
         event_shape = torch.Size([positions * len(codes), codes.shape[-1]])
-        super().__init__(torch.Size(), event_shape, validate_args=validate_args)
+        batch_shape = torch.Size() if context is None else context.shape[:-1]
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     def expand(self, batch_shape, _instance=None):
         new = self._get_checked_instance(AutoregressiveCodes, _instance)
-        new.codes, new.logits = self.codes, self.logits
+        new.codes, new.logits, new.context = self.codes, self.logits, self.context
+        if self.context is not None:
+            new.context = self.context.expand(*batch_shape, self.context.shape[-1])
         super(AutoregressiveCodes, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    def _conditionals(self, index: Tensor) -> Tensor:
+        return self.logits(index) if self.context is None else self.logits(index, self.context)
 
     def sample(self, sample_shape=()) -> Tensor:
         with torch.no_grad():
             shape, length = torch.Size(sample_shape) + self.batch_shape, self.event_shape[0]
             index = torch.zeros((*shape, length), dtype=torch.long, device=self.codes.device)
             for i in range(length):
-                index[..., i] = torch.distributions.Categorical(logits=self.logits(index)[..., i, :]).sample()
+                index[..., i] = torch.distributions.Categorical(logits=self._conditionals(index)[..., i, :]).sample()
             return look_up(self.codes, index.reshape(*shape, -1, len(self.codes)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         index, inside = find(self.codes, value)
-        each = self.logits(index).log_softmax(-1)
+        each = self._conditionals(index).log_softmax(-1)
         chosen = each.gather(-1, index[..., None])[..., 0]
         return chosen.sum(-1).masked_fill(~inside.all(-1), -inf)
+
+
+def indices(codes: Tensor, value: Tensor) -> Tensor:
+    """Indices (..., P depth) of the codes (depth, K, D) that values (..., P depth, D) stand for."""
+    return find(codes.detach(), value)[0]
 
 
 def look_up(codes: Tensor, index: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,22 @@ __all__ = ["VQVAE", "CodeUsage", "code_usage"]
 PRIORS = ("uniform", "autoregressive")
 HEADS = 4
 """Attention heads of the autoregressive prior."""
+
+
+class CodePriorSizes(NamedTuple):
+    """What an autoregressive prior over ``length`` indices is made from; it may be given others as its context."""
+
+    num_codes: int
+    length: int
+    width: int
+    layers: int
+    context_codes: int = 0
+    context_length: int = 0
+
+    def visible(self) -> np.ndarray:
+        """Which positions (context first) each one attends to: the context, and what came before it and itself."""
+        place = np.arange(self.context_length + self.length)
+        return (place <= place[:, None]) | (place < self.context_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +101,7 @@ class VQVAE(Spec):
         instance_of("network", self.network, Network)
         instance_of("quantizer", self.quantizer, Quantizer)
         instance_of("likelihood", self.likelihood, Likelihood)
-        one_of("prior", self.prior, PRIORS)
-        whole_number("prior_width", self.prior_width)
-        whole_number("prior_layers", self.prior_layers)
-        if self.prior_width % HEADS:
-            raise must("prior_width", f"be a multiple of {HEADS}", self.prior_width, "Pass prior_width=64, say")
+        check_prior(self.prior, self.prior_width, self.prior_layers)
         self.network.check_data_dim(self.data_dim)
         self.likelihood.check_data_dim(self.data_dim)
         if isinstance(self.network, FullyConv) and self.network.positions != self.num_latents:
@@ -102,12 +115,31 @@ class VQVAE(Spec):
         return self.num_latents * self.quantizer.depth
 
     @property
+    def prior_sizes(self) -> CodePriorSizes:
+        """What the autoregressive prior's form is made from."""
+        return CodePriorSizes(self.quantizer.num_codes, self.num_indices, self.prior_width, self.prior_layers)
+
+    @property
+    def codebooks(self) -> dict[str, str]:
+        """By latent site, the prefix of its codebook's weights."""
+        return {"z": "codebook"}
+
+    @property
     def latent_dim(self) -> int:
         """Entries of what the encoder gives and the decoder takes."""
         return self.num_latents * self.quantizer.code_dim
 
     def check(self, x: Any) -> None:
         self.likelihood.check(check_shape(x, self.data_dim))
+
+
+def check_prior(prior: Any, prior_width: Any, prior_layers: Any) -> None:
+    """Refuse settings of a prior over indices that there is none for."""
+    one_of("prior", prior, PRIORS)
+    whole_number("prior_width", prior_width)
+    whole_number("prior_layers", prior_layers)
+    if prior_width % HEADS:
+        raise must("prior_width", f"be a multiple of {HEADS}", prior_width, "Pass prior_width=64, say")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,26 +159,33 @@ class CodeUsage:
     dead: np.ndarray
 
 
-def code_usage(program: Any, data: Any, batch_size: int = 256) -> CodeUsage:
+def code_usage(program: Any, data: Any, batch_size: int = 256, level: int = 1) -> CodeUsage:
     """Count which codes a trained VQVAE's guide chooses.
 
     Args:
-        program: a trained program of a :class:`VQVAE`, of either engine.
+        program: a trained program of a :class:`VQVAE` or of a :class:`~elbozoo.zoo.HierarchicalVQVAE`, of either
+            engine.
         data: as for ``evaluate``.
         batch_size: data at once.
+        level: of a hierarchy, the one whose codes are counted, 1 next to the data.
 
-    Raises: InvalidArgument for another program, and for bad data.
+    Raises: InvalidArgument for another program, for bad data, and for a level that there is not.
     """
     spec = program.spec
-    if not isinstance(spec, VQVAE):
+    if not hasattr(spec, "codebooks"):
         raise must("program", "be one of a VQVAE", type(spec).__name__, "Build it with VQVAE(...).numpyro() or .pyro()")
-    (x,) = prepare(program, data)
-    codes = spec.quantizer.table(program.weights or {})
+    levels = list(spec.codebooks.items())
+    if level not in range(1, 1 + len(levels)):
+        raise must("level", f"be one of the model's {len(levels)}, from 1", repr(level), "Pass level=1")
+    (x,), (site, name) = prepare(program, data), levels[level - 1]
+    codes = spec.quantizer.table(program.weights or {}, name)
     depth, num_codes, code_dim = codes.shape
     counts = np.zeros((depth, num_codes), int)
     for start in range(0, len(x), batch_size):
         rows = np.arange(start, min(start + batch_size, len(x)))
-        z = program.apply(_codes, (x[np.resize(rows, min(batch_size, len(x)))],))[0, : len(rows)]  # one shape
+        z = program.apply(partial(_codes, site), (x[np.resize(rows, min(batch_size, len(x)))],))[
+            0, : len(rows)
+        ]  # one shape
         split = z.reshape(-1, depth, code_dim)
         for d, book in enumerate(codes):
             distance = (book**2).sum(-1) - 2 * split[:, d] @ book.T
@@ -157,5 +196,5 @@ def code_usage(program: Any, data: Any, batch_size: int = 256) -> CodeUsage:
     return CodeUsage(counts, np.exp(entropy), used, num_codes - used)
 
 
-def _codes(terms: Terms) -> Any:
-    return terms.values["z"]
+def _codes(site: str, terms: Terms) -> Any:
+    return terms.values[site]

@@ -31,7 +31,7 @@ class Model:
         codes = self.codebook.read()
         if self.spec.prior == "uniform":
             return UniformCodes(codes, self.spec.num_latents).to_event(1)
-        logits = network(self.prefix + "prior", partial(CodePrior, self.spec))
+        logits = network(self.prefix + "prior", partial(CodePrior, self.spec.prior_sizes))
         return AutoregressiveCodes(codes, self.spec.num_latents, logits)
 
     def decode(self, z: Array) -> dist.Distribution:

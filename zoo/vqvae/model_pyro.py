@@ -25,7 +25,7 @@ class Model(PyroModule):
         self.decoder = spec.network.form("pyro", "Decoder")(spec.network, spec.latent_dim, num_outputs)
         self.codebook = spec.quantizer.form("pyro")(spec.quantizer)
         if spec.prior == "autoregressive":
-            self.prior = CodePrior(spec)
+            self.prior = CodePrior(spec.prior_sizes)
 
     def prior_distribution(self) -> dist.TorchDistribution:
         """p(z), with batch shape () and event shape (P depth, code_dim)."""
