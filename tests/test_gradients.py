@@ -29,7 +29,7 @@ from oracles import (
 )
 from scipy import stats
 
-from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate
+from elbozoo.inference.discrete import ARM, REBAR, RELAX, DisARM, Enumerate
 from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.gradients import NVIL, STL, DReG, Pathwise, ScoreFunction, leave_one_out
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Objective, Renyi
@@ -109,6 +109,10 @@ _BERNOULLI = [
     Row(IWAE(2, ARM()), oracles.iwae, 2),
     Row(ELBO(gradient=REBAR()), oracles.elbo, 1),
     Row(IWAE(2, REBAR(0.3, 0.8)), oracles.iwae, 2),
+    Row(ELBO(gradient=REBAR(adapt=True)), oracles.elbo, 1),
+    Row(IWAE(2, REBAR(adapt=True)), oracles.iwae, 2),
+    Row(ELBO(gradient=RELAX(network_units=3)), oracles.elbo, 1),
+    Row(IWAE(2, RELAX(network_units=3)), oracles.iwae, 2),
     Row(ELBO(gradient=Enumerate()), oracles.elbo, 1),
     Row(Beta(IWAE(2, DisARM()), 0.5), oracles.iwae, 2, beta=0.5),
 ]
