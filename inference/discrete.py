@@ -344,8 +344,9 @@ class _ControlVariate(DiscreteEstimator):
             noise = {n: {**free.kept.get(n, {}), **given.get(n, {})} for n in terms.sites}
             tied = terms.again(relax, noise)
             with_noise, baseline = (self.control(bound, log_weight, name, r, own) for r in (free, tied))
-            signal = value - stop_gradient(baseline)
-            total.append((signal * _score(drawn.sites[name])).sum(axis=0) + (with_noise - baseline).sum(axis=0))
+            score = _score(drawn.sites[name])
+            scored = (value - baseline) * (score - stop_gradient(score))  # a zero, which holds the baseline in θ alone
+            total.append(scored.sum(axis=0) + (with_noise - baseline).sum(axis=0))
         return sum(total[1:], start=total[0])
 
     def _temperature(self, step: Any, own: Mapping[str, Any]) -> Any:

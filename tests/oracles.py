@@ -108,6 +108,13 @@ def gauss_hermite(num: int) -> tuple[np.ndarray, np.ndarray]:
     return x, w / w.sum()
 
 
+@cache
+def shifted_legendre(num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights for ``E[f(u)]``, u uniform on (0, 1)."""
+    x, w = np.polynomial.legendre.leggauss(num)
+    return (x + 1) / 2, w / 2
+
+
 def product(*grids: tuple[np.ndarray, np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
     """The product of one-dimensional grids: coordinates (each flat) and weights."""
     points = np.meshgrid(*(g[0] for g in grids), indexing="ij")

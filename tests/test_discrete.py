@@ -14,9 +14,10 @@ import numpy as np
 import oracles
 import pytest
 from oracles import BINARY_LAYERS, DISCRETE, ONE_SITE, Nodes, Params, Toy, bernoulli, normal
+from scipy.optimize import minimize
 from scipy.special import expit
 
-from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate, GumbelSoftmax, StraightThrough
+from elbozoo.inference.discrete import ARM, REBAR, RELAX, DisARM, Enumerate, GumbelSoftmax, StraightThrough
 from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.gradients import NVIL, RWS, VIMCO, Covariance, ScoreFunction
 from elbozoo.inference.objectives import ELBO, IWAE, PIWAE, TVO
@@ -339,6 +340,260 @@ def test_gets_away_from_a_bad_start_where_the_plain_score_does_not(engine: str, 
         assert np.abs(found - posterior).max() < 0.02
     stuck, _ = trained_guide(engine, ELBO(gradient=ScoreFunction(baseline="none")), 350, seed=0)
     assert np.abs(stuck - posterior).max() > 0.9
+
+
+# --- control variates that are trained on the variance -----------------------------------------------------------
+
+KNOBS = {"eta": np.array(0.7), "log_temperature": np.array(np.log(0.8))}
+"""Away from where they begin, and from the best."""
+
+
+def network(inputs: int, sites: int) -> dict[str, np.ndarray]:
+    """Two hidden units, none of them at zero."""
+    rng = np.random.default_rng(3)
+    shapes = {"weight": (inputs, 2), "bias": (2,), "readout": (sites, 2)}
+    return {n: rng.normal(size=s) for n, s in shapes.items()}
+
+
+def given_state(logit: Any, uniform: Any, b: Any) -> np.ndarray:
+    """The perturbed logit given its sign: a uniform number of the part of (0, 1) that gives ``b``, and its quantile."""
+    zero = expit(-logit)
+    v = np.where(b > 0.5, zero + uniform * (1 - zero), uniform * zero)
+    return logit + np.log(v) - np.log1p(-v)
+
+
+def read_out(own: dict[str, np.ndarray], site: int, *values: Any) -> Any:
+    """The network's part of a control variate."""
+    if "weight" not in own:
+        return 0.0
+    x = np.stack(np.broadcast_arrays(*values), axis=-1)
+    return np.tanh((2 * x - 1) @ own["weight"] + own["bias"]) @ own["readout"][site]
+
+
+def squared_length(surrogate: Any, weight: np.ndarray, logits: int) -> float:
+    """``E ‖∂ surrogate‖²`` at no shift of the logits, by central differences of every draw."""
+    stencil, step = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12)), 1e-3
+    return sum(
+        weight @ (sum(c * surrogate(*(i * step * (n == j) for j in range(logits))) for i, c in stencil) / step) ** 2
+        for n in range(logits)
+    )
+
+
+def second_moment_of_layers(own: dict[str, np.ndarray], num: int = 8) -> float:
+    """Of the gradient of the ELBO of ``BINARY_LAYERS`` in the logits of its two sites, from one draw.
+
+    Tucker et al. 2017, eq. 3, site by site; states are enumerated, the noise of the first site, of the second after it
+    and of the second alone is integrated.
+    """
+    p, eta, temperature = TOY.params, own["eta"], np.exp(own["log_temperature"])
+    grid = oracles.shifted_legendre(num)
+    coin = (STATES, np.ones(2))
+    (b1, b2, u1, u2, u3), weight = oracles.product(coin, coin, grid, grid, grid)
+    weight = weight * np.exp(log_guide(p, b1, b2))
+
+    def bound(c1: Any, c2: Any, e1: float, e2: float) -> np.ndarray:
+        log_q = bernoulli(c1, p["qa"] + e1) + bernoulli(c2, p["qb"] + p["qc"] * c1 + e2)
+        return log_joint(p, c1, c2) - log_q
+
+    def first(z1: Any, e1: float, e2: float) -> np.ndarray:
+        y1 = expit(z1 / temperature)
+        y2 = expit((p["qb"] + p["qc"] * y1 + e2 + np.log(u2) - np.log1p(-u2)) / temperature)
+        return eta * bound(y1, y2, e1, e2) + read_out(own, 0, y1, y2)
+
+    def second(z2: Any, e1: float, e2: float) -> np.ndarray:
+        y2 = expit(z2 / temperature)
+        return eta * bound(b1, y2, e1, e2) + read_out(own, 1, b1, y2)
+
+    logit1, logit2 = p["qa"], p["qb"] + p["qc"] * b1
+    z1, z2 = given_state(logit1, u1, b1), given_state(logit2, u3, b2)
+    signal1, signal2 = (bound(b1, b2, 0, 0) - c for c in (first(z1, 0, 0), second(z2, 0, 0)))
+
+    def surrogate(e1: float, e2: float) -> np.ndarray:
+        total = bound(b1, b2, e1, e2) + signal1 * bernoulli(b1, logit1 + e1) + signal2 * bernoulli(b2, logit2 + e2)
+        total = total + first(z1 + e1, e1, e2) - first(given_state(logit1 + e1, u1, b1), e1, e2)
+        return total + second(z2 + e2, e1, e2) - second(given_state(logit2 + e2, u3, b2), e1, e2)
+
+    return squared_length(surrogate, weight, 2)
+
+
+COIN = {"m": 0.4, "w": 1.6, "qa": 0.5}
+
+
+def _coin(lib: Any, p: Any, size: int) -> tuple[Any, Any]:
+    def model(x: Any) -> None:
+        with lib.plate("data", size, dim=-1):
+            b = lib.sample("b", lib.dist.Bernoulli(logits=p("m")))
+            lib.sample("x", lib.dist.Normal(p("w") * b, 0.8), obs=x)
+
+    def guide(x: Any) -> None:
+        with lib.plate("data", size, dim=-1):
+            lib.sample("b", lib.dist.Bernoulli(logits=p("qa")))
+
+    return model, guide
+
+
+ONE_COIN = Toy("one coin", COIN, 1.0, _coin, lambda p, q, num: None)
+
+
+def second_moment_of_pair(own: dict[str, np.ndarray], num: int = 12) -> float:
+    """Of the gradient of the two-particle IWAE bound of ``ONE_COIN`` in the logit, which both particles share."""
+    p, eta, temperature = COIN, own["eta"], np.exp(own["log_temperature"])
+    grid, coin = oracles.shifted_legendre(num), (STATES, np.ones(2))
+    (b1, b2, u1, u2), weight = oracles.product(coin, coin, grid, grid)
+    b, u = np.stack([b1, b2]), np.stack([u1, u2])
+    weight = weight * np.exp(bernoulli(b, p["qa"]).sum(axis=0))
+
+    def log_weight(c: Any, e: float) -> np.ndarray:
+        return bernoulli(c, p["m"]) + normal(ONE_COIN.x, p["w"] * c, 0.8) - bernoulli(c, p["qa"] + e)
+
+    at = log_weight(b, 0.0)
+
+    def control(k: int, z: Any, e: float) -> np.ndarray:
+        y = expit(z / temperature)
+        return eta * np.logaddexp(log_weight(y, e), at[1 - k]) - eta * np.log(2) + read_out(own, 0, y)
+
+    tied = given_state(p["qa"], u, b)
+    signal = [oracles.iwae(at) - control(k, tied[k], 0.0) for k in range(2)]
+
+    def surrogate(e: float) -> np.ndarray:
+        total = oracles.iwae(log_weight(b, e))
+        for k in range(2):
+            total = total + signal[k] * bernoulli(b[k], p["qa"] + e)
+            total = total + control(k, tied[k] + e, e) - control(k, given_state(p["qa"] + e, u[k], b[k]), e)
+        return total
+
+    return squared_length(surrogate, weight, 1)
+
+
+def own_gradients(
+    engine: str, toy: Toy, objective: Any, own: dict[str, np.ndarray], size: int, seeds: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The gradient of the drop-in loss in the estimator's own numbers, a datum: mean and standard error."""
+    lib = oracles.library(engine)
+    params = {n: lib.array(np.full(size, v)) for n, v in toy.params.items()}
+    x = lib.array(np.full(size, toy.x))
+    if engine == "numpyro":
+        import jax
+
+        from elbozoo.inference.numpyro_engine import Loss
+
+        model, guide = toy.program(lib, lambda n: lib.param(n, params[n]), size)
+
+        def loss(own: Any, key: Any) -> Any:
+            return Loss(objective).loss(key, params | {"elbozoo_estimator": own}, model, guide, x)
+
+        keys = jax.random.split(jax.random.key(0), seeds)
+        one = oracles.compiled(lambda key: jax.grad(loss)(jax.tree.map(lib.array, own), key))
+        found = [{n: np.asarray(g) / size for n, g in one(key).items()} for key in keys]
+    else:
+        import pyro
+
+        from elbozoo.inference.pyro_engine import Loss
+
+        pyro.set_rng_seed(0)
+        model, guide = toy.program(lib, lambda n: lib.param(n, params[n].clone()), size)
+        found = []
+        for _ in range(seeds):
+            pyro.clear_param_store()
+            loss = Loss(objective, max_plate_nesting=1)
+            loss.own._start = own, {}
+            loss.loss_and_grads(model, guide, x)
+            found.append({n: pyro.param(f"elbozoo.{n}").grad.numpy() / size for n in own})
+    stacked = {n: np.stack([f[n] for f in found]) for n in own}
+    return {n: (v.mean(axis=0), v.std(axis=0, ddof=1) / seeds**0.5) for n, v in stacked.items()}
+
+
+def differences(moment: Any, own: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The derivative of ``moment`` in every one of ``own``'s numbers."""
+    out = {}
+    for name, value in own.items():
+        out[name] = np.empty_like(value)
+        for index in np.ndindex(value.shape):
+
+            def at(moved: Params, name: str = name, index: Any = index) -> float:
+                changed = own[name].copy()
+                changed[index] = moved["x"]
+                return moment(own | {name: changed})
+
+            out[name][index] = oracles.differentiate(at, {"x": float(value[index])}, ["x"])["x"]
+    return out
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["REBAR", "RELAX"])
+@pytest.mark.parametrize("case", ["two sites", "two particles"])
+def test_a_control_variate_is_trained_on_the_variance(engine: str, case: str, learned: bool) -> None:
+    """Its own numbers get the exact derivative of ``E‖g‖²``, by enumeration, quadrature and differences."""
+    gradient = RELAX(network_units=2) if learned else REBAR(adapt=True)
+    if case == "two sites":
+        toy, objective, moment, shape = TOY, ELBO(gradient=gradient, analytic_kl=False), second_moment_of_layers, (2, 2)
+    else:
+        toy, objective, moment, shape = ONE_COIN, IWAE(2, gradient), second_moment_of_pair, (1, 1)
+    own = KNOBS | (network(*shape) if learned else {})
+    want = differences(moment, own)
+    found = own_gradients(engine, toy, objective, own, 4000, 12)
+    norm = np.sqrt(sum((w**2).sum() for w in want.values()))
+    for name, exactly in want.items():
+        mean, error = found[name]
+        np.testing.assert_array_less(np.abs(mean - exactly), 5 * error + 1e-6, err_msg=name)
+        assert 5 * error.max() < 0.05 * norm, f"{name}: no power, ± {error} for a derivative of norm {norm}"
+
+
+@pytest.mark.parametrize("moment", [second_moment_of_layers, second_moment_of_pair])
+def test_the_quadrature_of_the_variance_has_converged(moment: Any) -> None:
+    for own in (KNOBS, KNOBS | network(*((2, 2) if moment is second_moment_of_layers else (1, 1)))):
+        assert moment(own, 10) == pytest.approx(moment(own, 16), rel=1e-3)
+
+
+def trained_own(engine: str, toy: Toy, objective: Any, steps: int) -> dict[str, np.ndarray]:
+    """The estimator's numbers after ``steps`` of the library's own ``SVI`` on a program without parameters."""
+    lib, size = oracles.library(engine), 200
+    model, guide = toy.program(lib, lambda n: lib.array(np.full(size, toy.params[n])), size)
+    x = lib.array(np.full(size, toy.x))
+    if engine == "numpyro":
+        import jax
+        import numpyro
+
+        from elbozoo.inference.numpyro_engine import Loss
+
+        loss = Loss(objective)
+        svi = numpyro.infer.SVI(model, loss.guide(guide), numpyro.optim.Adam(0.05), loss)
+        result = svi.run(jax.random.key(0), steps, x, progress_bar=False)
+        return {n: np.asarray(v) for n, v in result.params["elbozoo_estimator"].items()}
+    import pyro
+
+    from elbozoo.inference.pyro_engine import Loss
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Loss(objective))
+    for _ in range(steps):
+        svi.step(x)
+    names = objective.gradient.initial(x, Loss(objective).terms(model, guide, x).sites)[0]
+    return {n: pyro.param(f"elbozoo.{n}").detach().numpy() for n in names}
+
+
+@pytest.fixture(scope="module")
+def least_moment() -> float:
+    """Of any η and τ."""
+
+    def moment(at: np.ndarray) -> float:
+        return second_moment_of_layers({"eta": at[0], "log_temperature": at[1]})
+
+    return minimize(moment, [1.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-3, "fatol": 1e-6}).fun
+
+
+def test_adapting_lowers_the_variance_from_a_bad_start(engine: str, least_moment: float) -> None:
+    """To the least that any η and τ have, or nearly: it is flat in τ."""
+    bad = {"eta": np.array(2.5), "log_temperature": np.log(0.2)}
+    found = trained_own(engine, TOY, ELBO(gradient=REBAR(0.2, 2.5, adapt=True), analytic_kl=False), 250)
+    assert second_moment_of_layers(bad) > 10 * least_moment
+    assert second_moment_of_layers(found) < 1.1 * least_moment
+
+
+def test_a_free_network_lowers_the_variance_further(engine: str, least_moment: float) -> None:
+    """Below what any η and τ have."""
+    found = trained_own(engine, TOY, ELBO(gradient=RELAX(network_units=8), analytic_kl=False), 250)
+    assert second_moment_of_layers(found) < 0.6 * least_moment
 
 
 # --- guards -------------------------------------------------------------------------------------------------------
