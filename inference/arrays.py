@@ -80,12 +80,12 @@ def squared_gradient(
         at, knobs = ({n: v.detach().requires_grad_() for n, v in each.items()} for each in (at, knobs))
         value, carried = fn(at, knobs)
         inner = torch.autograd.grad(value.sum(), list(at.values()), create_graph=True, materialize_grads=True)
-        square = torch.stack([(g**2).sum() for g in inner]).sum()
-        outer = torch.autograd.grad(square, list(knobs.values()), retain_graph=True, materialize_grads=True)
+        length = torch.stack([(g**2).sum() for g in inner]).sum()
+        outer = torch.autograd.grad(length, list(knobs.values()), retain_graph=True, materialize_grads=True)
         return carried, dict(zip(knobs, outer, strict=True))
     import jax
 
-    def square(knobs: dict[str, Array]) -> tuple[Array, Array]:
+    def length(knobs: dict[str, Array]) -> tuple[Array, Array]:
         def total(at: dict[str, Array]) -> tuple[Array, Array]:
             value, carried = fn(at, knobs)
             return value.sum(), carried
@@ -93,7 +93,7 @@ def squared_gradient(
         inner, carried = jax.grad(total, has_aux=True)(at)
         return sum((g**2).sum() for g in inner.values()), carried
 
-    outer, carried = jax.grad(square, has_aux=True)({n: stop_gradient(v) for n, v in knobs.items()})
+    outer, carried = jax.grad(length, has_aux=True)({n: stop_gradient(v) for n, v in knobs.items()})
     return carried, {n: stop_gradient(g) for n, g in outer.items()}
 
 

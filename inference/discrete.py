@@ -1,8 +1,8 @@
 r"""Gradient estimators for discrete sites that look at more than the drawn state.
 
 They run the program again with other values at its latent sites (:meth:`Terms.again`): the opposite state (DisARM),
-a relaxed one (Gumbel-softmax, REBAR), every one (enumeration). Written once for arrays of either library, for the sites
-of ours or of a user's program. What is reported is always the bound of the discrete model, off the first run.
+a relaxed one (Gumbel-softmax, REBAR, RELAX), every one (enumeration). Written once for arrays of either library, for
+the sites of ours or of a user's program. What is reported is always the bound of the discrete model, off the first run.
 """
 
 from __future__ import annotations

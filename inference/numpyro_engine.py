@@ -832,8 +832,8 @@ class Loss(NumPyroELBO):
                 "a plain guide",
                 "Pass loss.guide(guide) to SVI",
             )
-        check_own_sites(self.objective, terms)
         self.objective.check(terms)
+        check_own_sites(self.objective, terms)
         if _STEP in mutable:
             mutable[_STEP] = step + 1
         if MEMORY in mutable:

@@ -340,15 +340,17 @@ def estimates(
 
     from elbozoo.inference.pyro_engine import Loss, particles
 
+    def known() -> Any:
+        return particles(model, guide, (x,)).sites
+
     out = []
     for objective in objectives:
+        own = own_numbers(objective, x, known)
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
-        model, guide = toy.program(lib, lambda n: lib.param(n, init[n].clone()), draws)
         loss = Loss(objective, max_plate_nesting=1)
-        loss.own._start = own_numbers(objective, x, lambda: particles(model, guide, (x,)).sites)
-        loss.own.memory = {n: lib.array(v) for n, v in loss.own._start[1].items()}
-        loss.loss_and_grads(model, guide, x)
+        loss.own._start, loss.own.memory = own, {n: lib.array(v) for n, v in own[1].items()}
+        loss.loss_and_grads(*toy.program(lib, lambda n: lib.param(n, init[n].clone()), draws), x)
         grads = {n: pyro.param(n).unconstrained().grad for n in toy.params}
         out.append({n: (-float(g.mean()), float(g.std()) / draws**0.5) for n, g in grads.items() if g is not None})
     return out

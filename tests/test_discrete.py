@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
-from oracles import BINARY_LAYERS, DISCRETE, ONE_SITE, Nodes, Params, Toy, bernoulli, normal
+from oracles import BINARY_LAYERS, DISCRETE, ONE_HOT, ONE_SITE, Nodes, Params, Toy, bernoulli, normal
 from scipy.optimize import minimize
 from scipy.special import expit
 
@@ -226,9 +226,11 @@ def losses(engine: str, objective: Any, seeds: int) -> np.ndarray:
     if engine == "numpyro":
         import jax
 
-        from elbozoo.inference.numpyro_engine import Loss
+        from elbozoo.inference.numpyro_engine import Loss, Program
 
         params = {n: lib.array(v) for n, v in TOY.params.items()}
+        outline = Program(model, guide).with_params(params).outline((x,))
+        params["elbozoo_estimator"] = objective.gradient.initial(x, outline.sites)[0]
         one = jax.vmap(lambda seed: -Loss(objective).loss(jax.random.key(seed), params, model, guide, x))
         return np.asarray(oracles.compiled(one)(np.arange(seeds)))
     import pyro
@@ -239,7 +241,7 @@ def losses(engine: str, objective: Any, seeds: int) -> np.ndarray:
     return np.array([-float(Loss(objective).loss(model, guide, x)) for _ in range(seeds)])
 
 
-@pytest.mark.parametrize("gradient", [GumbelSoftmax(0.5), REBAR(), DisARM()], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize("gradient", [GumbelSoftmax(0.5), REBAR(), RELAX(), DisARM()], ids=lambda g: type(g).__name__)
 def test_what_is_reported_is_of_the_discrete_model(engine: str, gradient: Any) -> None:
     """Every value is one of the four that the states allow, never one of a relaxed state."""
     *_, log_weight = held_weights(1)
@@ -249,7 +251,9 @@ def test_what_is_reported_is_of_the_discrete_model(engine: str, gradient: Any) -
     assert len(np.unique(np.round(found, 9))) > 1
 
 
-@pytest.mark.parametrize("gradient", [GumbelSoftmax(0.5), REBAR(0.5), DisARM(), ARM()], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize(
+    "gradient", [GumbelSoftmax(0.5), REBAR(0.5), RELAX(), DisARM(), ARM()], ids=lambda g: type(g).__name__
+)
 @pytest.mark.parametrize("logit", [800.0, -800.0])
 def test_an_all_but_sure_state_has_a_finite_gradient(engine: str, gradient: Any, logit: float) -> None:
     """A uniform number given such a state rounds to 0 or 1, whose logit is infinite."""
@@ -465,6 +469,38 @@ def second_moment_of_pair(own: dict[str, np.ndarray], num: int = 12) -> float:
     return squared_length(surrogate, weight, 1)
 
 
+def second_moment_of_classes(own: dict[str, np.ndarray], num: int = 10) -> float:
+    """Of the gradient of the ELBO of ``ONE_HOT`` in its three logits; Gumbel noise given the state by Tucker et al., C."""
+    p, eta, temperature = ONE_HOT.params, own["eta"], np.exp(own["log_temperature"])
+    grid = oracles.shifted_legendre(num)
+    (state, *v), weight = oracles.product((np.arange(3), np.ones(3)), grid, grid, grid)
+    b, v, means = np.eye(3)[state.astype(int)], np.stack(v, axis=-1), np.array([p["w0"], p["w1"], p["w2"]])
+
+    def log_probs(logits: Any) -> np.ndarray:
+        return np.asarray(logits) - np.logaddexp.reduce(logits)
+
+    def bound(c: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+        return normal(ONE_HOT.x, c @ means, np.exp(p["s"])) + c @ (log_probs([p["m0"], p["m1"], 0.0]) - log_q)
+
+    def control(z: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+        y = np.exp(z / temperature) / np.exp(z / temperature).sum(axis=-1, keepdims=True)
+        return eta * bound(y, log_q) + read_out(own, 0, *y.T)
+
+    def tied(log_q: np.ndarray) -> np.ndarray:
+        of_winner = -np.log((v * b).sum(axis=-1, keepdims=True))
+        return -np.log(np.where(b > 0.5, of_winner, -np.log(v) / np.exp(log_q) + of_winner))
+
+    at = log_probs([p["q0"], p["q1"], 0.0])
+    signal = bound(b, at) - control(tied(at), at)
+
+    def surrogate(*shift: float) -> np.ndarray:
+        log_q = log_probs(np.array([p["q0"], p["q1"], 0.0]) + shift)
+        free = control(log_q + (tied(at) - at), log_q)
+        return bound(b, log_q) + signal * (b @ log_q) + free - control(tied(log_q), log_q)
+
+    return squared_length(surrogate, weight * np.exp(b @ at), 3)
+
+
 def own_gradients(
     engine: str, toy: Toy, objective: Any, own: dict[str, np.ndarray], size: int, seeds: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -520,14 +556,15 @@ def differences(moment: Any, own: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["REBAR", "RELAX"])
-@pytest.mark.parametrize("case", ["two sites", "two particles"])
+@pytest.mark.parametrize("case", ["two sites", "two particles", "one hot"])
 def test_a_control_variate_is_trained_on_the_variance(engine: str, case: str, learned: bool) -> None:
     """Its own numbers get the exact derivative of ``E‖g‖²``, by enumeration, quadrature and differences."""
     gradient = RELAX(network_units=2) if learned else REBAR(adapt=True)
-    if case == "two sites":
-        toy, objective, moment, shape = TOY, ELBO(gradient=gradient, analytic_kl=False), second_moment_of_layers, (2, 2)
-    else:
-        toy, objective, moment, shape = ONE_COIN, IWAE(2, gradient), second_moment_of_pair, (1, 1)
+    toy, objective, moment, shape = {
+        "two sites": (TOY, ELBO(gradient=gradient, analytic_kl=False), second_moment_of_layers, (2, 2)),
+        "two particles": (ONE_COIN, IWAE(2, gradient), second_moment_of_pair, (1, 1)),
+        "one hot": (ONE_HOT, ELBO(gradient=gradient, analytic_kl=False), second_moment_of_classes, (3, 1)),
+    }[case]
     own = KNOBS | (network(*shape) if learned else {})
     want = differences(moment, own)
     found = own_gradients(engine, toy, objective, own, 4000, 12)
@@ -538,10 +575,13 @@ def test_a_control_variate_is_trained_on_the_variance(engine: str, case: str, le
         assert 5 * error.max() < 0.05 * norm, f"{name}: no power, ± {error} for a derivative of norm {norm}"
 
 
-@pytest.mark.parametrize("moment", [second_moment_of_layers, second_moment_of_pair])
-def test_the_quadrature_of_the_variance_has_converged(moment: Any) -> None:
-    for own in (KNOBS, KNOBS | network(*((2, 2) if moment is second_moment_of_layers else (1, 1)))):
-        assert moment(own, 10) == pytest.approx(moment(own, 16), rel=1e-3)
+@pytest.mark.parametrize(
+    ("moment", "shape"),
+    [(second_moment_of_layers, (2, 2)), (second_moment_of_pair, (1, 1)), (second_moment_of_classes, (3, 1))],
+)
+def test_the_quadrature_of_the_variance_has_converged(moment: Any, shape: tuple[int, int]) -> None:
+    for own in (KNOBS, KNOBS | network(*shape)):
+        assert moment(own) == pytest.approx(moment(own, 16), rel=1e-3)
 
 
 def trained_own(engine: str, toy: Toy, objective: Any, steps: int) -> dict[str, np.ndarray]:
@@ -604,6 +644,7 @@ def test_a_free_network_lowers_the_variance_further(engine: str, least_moment: f
     [
         (DISCRETE, ELBO(gradient=DisARM()), r"site 'd' under DisARM must be of a Bernoulli; got Categorical. .*VIMCO"),
         (DISCRETE, ELBO(gradient=REBAR()), r"site 'd' under REBAR must .*; got Categorical. Write it as a OneHot"),
+        (DISCRETE, ELBO(gradient=RELAX()), r"site 'd' under RELAX must .*; got Categorical. Write it as a OneHot"),
         (DISCRETE, ELBO(gradient=GumbelSoftmax()), r"site 'd' under GumbelSoftmax .* Write it as a OneHotCategorical"),
         (ONE_SITE, IWAE(2, ARM()), r"the guide under ARM must have a site that is not reparameterised; .*DReG"),
         (ONE_SITE, IWAE(2, GumbelSoftmax()), r"the guide under GumbelSoftmax must have a site that is not"),
@@ -628,6 +669,9 @@ def test_refused_with_the_name_of_one_that_fits(engine: str, toy: Toy, objective
         (lambda: GumbelSoftmax(0.0), r"temperature must be a finite number above 0; got 0"),
         (lambda: REBAR(-1.0), r"temperature must be a finite number above 0; got -1"),
         (lambda: REBAR(eta=-0.1), r"eta must be finite and at least 0; got -0\.1"),
+        (lambda: REBAR(lambda step: 0.5, adapt=True), r"temperature that is adapted must be a number; got a function"),
+        (lambda: RELAX(0.0), r"temperature must be a finite number above 0; got 0"),
+        (lambda: RELAX(network_units=0), r"network_units must be"),
         (lambda: RWS(wake=-1.0), r"wake must be finite and at least 0"),
         (lambda: RWS(0.0, 0.0), r"wake \+ sleep must be above 0"),
         (lambda: ScoreFunction(baseline_decay=1.0), r"baseline_decay must lie in \[0, 1\)"),
@@ -639,7 +683,8 @@ def test_settings_that_make_no_sense(make: Any, message: str) -> None:
         make()
 
 
-def test_entries_that_no_shared_plate_holds_are_not_enumerated_alike(engine: str) -> None:
+@pytest.mark.parametrize("gradient", [Enumerate(), RELAX()], ids=lambda g: type(g).__name__)
+def test_entries_that_no_shared_plate_holds_are_not_taken_together(engine: str, gradient: Any) -> None:
     """Three coins of one site: to give all of them one state would leave out six of eight states."""
     lib = oracles.library(engine)
 
@@ -650,9 +695,9 @@ def test_entries_that_no_shared_plate_holds_are_not_enumerated_alike(engine: str
     def guide() -> None:
         lib.sample("d", lib.dist.Bernoulli(logits=lib.param("a", lib.array(np.array([0.4, -1.0, 0.2])))))
 
-    message = r"site 'd' under Enumerate must have one value for each particle and datum.*ScoreFunction"
+    message = r"site 'd' under \w+ must have one value for each particle and datum.*ScoreFunction"
     with pytest.raises(Refused, match=message):
-        loss_of(engine, ELBO(gradient=Enumerate()), model, guide, {"a": np.array([0.4, -1.0, 0.2])})
+        loss_of(engine, ELBO(gradient=gradient), model, guide, {"a": np.array([0.4, -1.0, 0.2])})
 
 
 def loss_of(engine: str, objective: Any, model: Any, guide: Any, params: dict[str, np.ndarray]) -> float:
@@ -792,8 +837,14 @@ BINARY = (np.random.default_rng(1).random((24, 6)) < 0.4).astype(float)
 
 @pytest.mark.parametrize(
     "gradient",
-    [NVIL(baseline_units=4), ScoreFunction(baseline="running-mean"), GumbelSoftmax(lambda step: 1.0 / (1.0 + step))],
-    ids=["learned", "running-mean", "annealed-temperature"],
+    [
+        NVIL(baseline_units=4),
+        ScoreFunction(baseline="running-mean"),
+        GumbelSoftmax(lambda step: 1.0 / (1.0 + step)),
+        REBAR(adapt=True),
+        RELAX(network_units=4),
+    ],
+    ids=["learned", "running-mean", "annealed-temperature", "adapted", "network"],
 )
 def test_training_resumes_with_what_the_estimator_knows(engine: str, gradient: Any, tmp_path: Path) -> None:
     """Bit for bit, and none of it is a weight of the program."""
