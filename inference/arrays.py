@@ -80,8 +80,8 @@ def squared_gradient(
         at, knobs = ({n: v.detach().requires_grad_() for n, v in each.items()} for each in (at, knobs))
         value, carried = fn(at, knobs)
         inner = torch.autograd.grad(value.sum(), list(at.values()), create_graph=True, materialize_grads=True)
-        length = torch.stack([(g**2).sum() for g in inner]).sum()
-        outer = torch.autograd.grad(length, list(knobs.values()), retain_graph=True, materialize_grads=True)
+        total = torch.stack([(g**2).sum() for g in inner]).sum()
+        outer = torch.autograd.grad(total, list(knobs.values()), retain_graph=True, materialize_grads=True)
         return carried, dict(zip(knobs, outer, strict=True))
     import jax
 

@@ -300,7 +300,7 @@ def own_numbers(
         return {}, {}
     trained, memory = gradient.initial(x, sites())
     rng = np.random.default_rng(0)
-    return {n: 0.3 * rng.normal(size=v.shape) for n, v in trained.items()}, {
+    return {n: v + 0.3 * rng.normal(size=v.shape) for n, v in trained.items()}, {
         "mean": np.array(-0.9),
         "share": np.array(0.7),
     } if memory else {}

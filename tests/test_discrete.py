@@ -871,6 +871,30 @@ def test_training_resumes_with_what_the_estimator_knows(engine: str, gradient: A
         np.testing.assert_array_equal(np.asarray(resumed.weights[name]), np.asarray(value))
 
 
+@pytest.mark.pyro
+@pytest.mark.parametrize("gradient", [REBAR(adapt=True), RELAX(network_units=4)], ids=lambda g: type(g).__name__)
+def test_a_traced_step_trains_a_control_variate_as_a_plain_one_does(gradient: Any) -> None:
+    """Two derivatives are taken within the step that is traced."""
+    from elbozoo.inference import Adam
+    from elbozoo.inference.pyro_trainer import Trainer
+    from elbozoo.zoo import SigmoidBeliefNet
+
+    found = []
+    for traced in (True, False):
+        program = SigmoidBeliefNet(6, (3, 2)).pyro()
+        settings = {"batch_size": 8, "seeds": [0], "redraw_pixels": False, "device": None}
+        trainer = Trainer(program, IWAE(2, gradient), Adam(0.05), (BINARY,), **settings)
+        trainer.may_compile = traced
+        start = trainer.arrays()
+        trainer.epoch(np.arange(24).reshape(1, 3, 8))
+        assert (trainer.compiled is not None) is traced
+        found.append(trainer.arrays())
+        for name in gradient.initial(BINARY, {})[0].keys() & {"eta", "log_temperature"}:
+            assert start[f"params/elbozoo.{name}"] != found[-1][f"params/elbozoo.{name}"]
+    for name, value in found[0].items():
+        np.testing.assert_allclose(value, found[1][name], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
 def test_the_learned_baseline_learns(engine: str) -> None:
     """The drop-in loss trains it along: it comes to explain the bound's mean by datum."""
     lib = oracles.library(engine)
