@@ -452,8 +452,8 @@ class RELAX(_ControlVariate):
         does not see the datum, what tells of it is the relaxed bound.
     Raises: InvalidArgument for a temperature that is a function of the step; Refused for values that other plates
         spread.
-    References: Grathwohl et al. 2018 (arXiv 1711.00123), eqs. 6 to 8 and section 3.3 (a relaxation plus a network);
-        several sites as in Tucker et al. 2017.
+    References: Grathwohl et al. 2018 (arXiv 1711.00123), section 3 (there too a relaxation plus a
+        network); several sites as in Tucker et al. 2017.
     """
 
     temperature: float = 0.5

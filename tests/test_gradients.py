@@ -137,7 +137,7 @@ TABLES = [
     Table(BOTTOM_UP, [_GAUSSIAN[i] for i in (0, 1, 2, 4)], [Row(IWAE(2, STL()), oracles.iwae, 2)], {1: 30, 2: 16}),
     Table(LADDER, _GAUSSIAN[:6], [], {1: 16, 2: 8}),
     Table(DISCRETE, [*_SCORED, Row(ELBO(2, Enumerate()), oracles.elbo, 1)], [], {1: 1, 2: 1, 4: 1}),
-    Table(ONE_HOT, [*_SCORED[1:3], *_BERNOULLI[4:7]], [], {1: 1, 2: 1}),
+    Table(ONE_HOT, [*_SCORED[1:3], *_BERNOULLI[4:10]], [], {1: 1, 2: 1}),
     Table(DISCRETE_FIRST, [*_SCORED[1:4], *_BERNOULLI], [], {1: 40, 2: 24, 4: 10}),
     Table(CONTINUOUS_FIRST, [*_SCORED[1:], *_BERNOULLI], [], {1: 40, 2: 24, 4: 10}),
     Table(BINARY_LAYERS, [*_SCORED[:4], *_BERNOULLI], [], {1: 1, 2: 1, 4: 1}),
