@@ -205,8 +205,8 @@ def variance(config: Config, program: Any, objective: Any, x: np.ndarray) -> flo
 
     from elbozoo.inference.numpyro_engine import Loss
 
-    loss, params = Loss(objective), program.params
-    trained, memory = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), objective.gradient.initial(x))
+    loss, params, sites = Loss(objective), program.params, program.outline((x,)).sites
+    trained, memory = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), objective.gradient.initial(x, sites))
 
     def mean_loss(params: Any, trained: Any, memory: Any, key: Any) -> Any:
         own = {"elbozoo_estimator": trained, "elbozoo_memory": memory}

@@ -7,7 +7,7 @@ from elbozoo.inference.annealing import AnnealedLikelihood, Bracket, annealed_im
 from elbozoo.inference.calibration import Calibration, calibrate
 from elbozoo.inference.classification import accuracy, class_probabilities, cluster_accuracy
 from elbozoo.inference.diagnosis import Diagnosis, diagnose
-from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate, GumbelSoftmax, StraightThrough
+from elbozoo.inference.discrete import ARM, REBAR, RELAX, DisARM, Enumerate, GumbelSoftmax, StraightThrough
 from elbozoo.inference.errors import CorruptFile, ElbozooError, InvalidArgument, NonFinite, Refused
 from elbozoo.inference.evaluation import Evaluation, evaluate
 from elbozoo.inference.exact import exact_log_lik
@@ -57,6 +57,7 @@ __all__ = [
     "PIWAE",
     "PPCA",
     "REBAR",
+    "RELAX",
     "RWS",
     "STL",
     "TVO",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,44 @@ def stop_gradient(x: Array) -> Array:
 def scale_gradient(x: Array, factor: Array) -> Array:
     """The value of ``x``, with the gradient that flows through it multiplied by a constant."""
     return x * factor + stop_gradient(x - x * factor)
+
+
+def squared_gradient(
+    fn: Callable[[dict[str, Array], dict[str, Array]], tuple[Array, Array]],
+    at: Mapping[str, Array],
+    knobs: Mapping[str, Array],
+) -> tuple[Array, dict[str, Array]]:
+    r"""What ``fn`` carries, and ``∂/∂knobs Σ (∂ Σ f/∂at)²``: how the squared length of a gradient moves with knobs.
+
+    Args:
+        fn: from ``at`` and ``knobs`` to ``f`` and an array to carry, which stays differentiable in all else that ``fn``
+            computes with.
+        at: arrays by name, of JAX or PyTorch, that the inner gradient is with respect to.
+        knobs: arrays by name, that the outer one is with respect to.
+
+    Returns: the carried array, and constants by the names of ``knobs``.
+    """
+    if _library(next(iter(at.values()))) == "torch":
+        import torch
+
+        at, knobs = ({n: v.detach().requires_grad_() for n, v in each.items()} for each in (at, knobs))
+        value, carried = fn(at, knobs)
+        inner = torch.autograd.grad(value.sum(), list(at.values()), create_graph=True, materialize_grads=True)
+        total = torch.stack([(g**2).sum() for g in inner]).sum()
+        outer = torch.autograd.grad(total, list(knobs.values()), retain_graph=True, materialize_grads=True)
+        return carried, dict(zip(knobs, outer, strict=True))
+    import jax
+
+    def length(knobs: dict[str, Array]) -> tuple[Array, Array]:
+        def total(at: dict[str, Array]) -> tuple[Array, Array]:
+            value, carried = fn(at, knobs)
+            return value.sum(), carried
+
+        inner, carried = jax.grad(total, has_aux=True)(at)
+        return sum((g**2).sum() for g in inner.values()), carried
+
+    outer, carried = jax.grad(length, has_aux=True)({n: stop_gradient(v) for n, v in knobs.items()})
+    return carried, {n: stop_gradient(g) for n, g in outer.items()}
 
 
 def namespace(x: Array) -> Any:

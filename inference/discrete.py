@@ -1,27 +1,35 @@
 r"""Gradient estimators for discrete sites that look at more than the drawn state.
 
 They run the program again with other values at its latent sites (:meth:`Terms.again`): the opposite state (DisARM),
-a relaxed one (Gumbel-softmax, REBAR), every one (enumeration). Written once for arrays of either library, for the sites
-of ours or of a user's program. What is reported is always the bound of the discrete model, off the first run.
+a relaxed one (Gumbel-softmax, REBAR, RELAX), every one (enumeration). Written once for arrays of either library, for
+the sites of ours or of a user's program. What is reported is always the bound of the discrete model, off the first run.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
 
-from elbozoo.inference.arrays import Array, namespace, stop_gradient, swap_each
+from elbozoo.inference.arrays import (
+    Array,
+    concatenate,
+    logsumexp,
+    namespace,
+    squared_gradient,
+    stop_gradient,
+    swap_each,
+)
 from elbozoo.inference.enumeration import joint_states
 from elbozoo.inference.errors import Refused, must
-from elbozoo.inference.gradients import GradientEstimator, Pathwise
-from elbozoo.inference.parts import number
+from elbozoo.inference.gradients import GradientEstimator, Pathwise, hidden_layer
+from elbozoo.inference.parts import number, whole_number
 from elbozoo.inference.terms import Choice, Draw, Site, Terms
 
 if TYPE_CHECKING:
@@ -71,6 +79,17 @@ def _refuse_two_bounds(estimator: str, bound: Bound) -> None:
     if bound.model_bound is not bound:
         todo = "Use IWAE or MIWAE, or gradient=VIMCO()"
         raise must(f"bound under {estimator}", "be one for model and guide", type(bound).__name__, todo, Refused)
+
+
+def _refuse_spread_values(estimator: str, why: str, terms: Terms) -> None:
+    """Entries of a discrete site that no shared plate holds."""
+    data = math.prod(terms.log_lik.shape)
+    for name in _discrete(terms):
+        if math.prod(np.shape(terms.values[name])) != data * math.prod(terms.sites[name].event_shape):
+            todo = "Put all sites into the plates that they share, or use gradient=ScoreFunction()"
+            condition = f"have one value for each particle and datum: {why}"
+            got = f"values of shape {tuple(np.shape(terms.values[name]))}"
+            raise must(f"site '{name}' under {estimator}", condition, got, todo, Refused)
 
 
 def _score(site: Site) -> Array:
@@ -263,8 +282,108 @@ class GumbelSoftmax(DiscreteEstimator):
         return Choice(stop_gradient(_rounded(draw, soft) - soft) + soft if self.hard else soft)
 
 
+class _ControlVariate(DiscreteEstimator):
+    """The score function less a function of the perturbed logits, whose derivative is added back with less noise.
+
+    Numbers of its own are trained on the squared length of the estimate: its expectation differs from the variance by
+    the squared mean, which they do not move.
+    """
+
+    temperature: float | Callable[[Any], Any]
+    eta: float
+
+    def __post_init__(self) -> None:
+        _check_temperature(self.temperature)
+        number("eta", self.eta, lambda v: v >= 0, "be finite and at least 0", "The paper begins with 1")
+        if self.keeps_numbers and callable(self.temperature):
+            todo = "Pass the number to begin with"
+            raise must("temperature that is adapted", "be a number", "a function of the step", todo)
+
+    def initial(self, data: Any, sites: Mapping[str, Site]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        if not self.keeps_numbers:
+            return {}, {}
+        return {"eta": np.array(float(self.eta)), "log_temperature": np.log(float(self.temperature))}, {}  # type: ignore[arg-type]
+
+    def control(self, bound: Bound, log_weight: Array, name: str, relaxed: Terms, own: Mapping[str, Any]) -> Array:
+        """The control variate of the site ``name``, each particle's in turn, ``(K, *P)``."""
+        return own.get("eta", self.eta) * bound.value(swap_each(log_weight, relaxed.log_weight))
+
+    def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
+        total = Pathwise().surrogate(bound, terms)
+        if not self.keeps_numbers:
+            return total + self._controlled(bound, terms, terms, {}, {})
+
+        def of_shift(shift: Mapping[str, Array], own: Mapping[str, Array]) -> tuple[Array, Array]:
+            """The whole surrogate where the logits are moved, and the part of it that ``total`` lacks."""
+            given = {n: {"shift": s + 0.0 * stop_gradient(terms.values[n])} for n, s in shift.items()}
+            drawn = terms.again(partial(_shifted, _as_drawn), given)
+            rest = self._controlled(bound, terms, drawn, own, given)
+            return bound.value(drawn.log_weight) + rest, rest
+
+        unmoved = {n: 0.0 * stop_gradient(terms.values[n])[0] for n in _discrete(terms)}
+        rest, slope = squared_gradient(of_shift, unmoved, terms.trained)
+        descent = sum((slope[n] * (v - stop_gradient(v))).sum() for n, v in terms.trained.items())
+        return total + rest - descent / math.prod(total.shape)
+
+    def _controlled(
+        self, bound: Bound, terms: Terms, drawn: Terms, own: Mapping[str, Any], given: Mapping[str, Mapping[str, Array]]
+    ) -> PerDatum:
+        """What the discrete sites add to the gradient along the drawn values.
+
+        Args:
+            terms: of the first run.
+            drawn: of its values, the densities of which are differentiated.
+            own: numbers that are trained, if any.
+            given: by site, the ``shift`` of its logits, if any.
+        """
+        log_weight = stop_gradient(terms.log_weight)
+        value, total, temperature = bound.value(log_weight), [], self._temperature(terms.step, own)
+        for name in _discrete(terms):
+            relax = partial(_shifted, partial(_relax_from, name, _before(terms, name), temperature))
+            free = terms.again(relax, given)
+            noise = {n: {**free.kept.get(n, {}), **given.get(n, {})} for n in terms.sites}
+            tied = terms.again(relax, noise)
+            with_noise, baseline = (self.control(bound, log_weight, name, r, own) for r in (free, tied))
+            score = _score(drawn.sites[name])
+            scored = (value - baseline) * (score - stop_gradient(score))  # a zero, which holds the baseline in θ alone
+            total.append(scored.sum(axis=0) + (with_noise - baseline).sum(axis=0))
+        return sum(total[1:], start=total[0])
+
+    def _temperature(self, step: Any, own: Mapping[str, Any]) -> Any:
+        if own:
+            return namespace(own["log_temperature"]).exp(own["log_temperature"])
+        return self.temperature(step) if callable(self.temperature) else self.temperature
+
+
+def _relax_from(name: str, before: frozenset[str], temperature: Any, draw: Draw) -> Choice:
+    """The relaxed value free of the drawn state, or the one given it, where the noise of the first is given."""
+    if draw.name in before or draw.family not in RELAXABLE:
+        return Choice(draw.drawn if draw.name in before else draw.value)
+    noise = (draw.given or {}).get("uniform")
+    uniform = draw.uniform() if noise is None else noise
+    if draw.name != name:
+        return Choice(_relaxed(draw, _perturbed(draw, uniform), temperature), kept={"uniform": uniform})
+    tied = _perturbed_given_drawn(draw, uniform)
+    perturbed = draw.logits + stop_gradient(tied - draw.logits) if noise is None else tied
+    return Choice(_relaxed(draw, perturbed, temperature), kept={"uniform": uniform})
+
+
+def _as_drawn(draw: Draw) -> Choice:
+    return Choice(draw.drawn)
+
+
+def _shifted(choose: Callable[[Draw], Choice], draw: Draw) -> Choice:
+    """What ``choose`` makes of a site whose logits are moved by the ``shift`` that is given, if any."""
+    if "shift" not in (draw.given or {}):
+        return choose(draw)
+    logits = draw.logits + draw.given["shift"]
+    if draw.family != "Bernoulli":
+        logits = logits - logsumexp(logits, -1)[..., None]
+    return replace(choose(replace(draw, logits=logits)), logits=logits)
+
+
 @dataclass(frozen=True)
-class REBAR(DiscreteEstimator):
+class REBAR(_ControlVariate):
     r"""The score function with a relaxation as its control variate. Unbiased.
 
     With ``z`` the perturbed logits, ``b`` the state, ``z̃ ~ p(z | b)`` and ``c`` the bound where the relaxed value takes
@@ -276,55 +395,94 @@ class REBAR(DiscreteEstimator):
     ``z`` and ``z̃`` share their noise, so that they are equal numbers with different derivatives. Where sites depend on
     one another each has a control variate of its own: the sites before it as they were drawn, those after it relaxed.
 
-    Args:
-        temperature: τ of the relaxation, a number or a function of the step.
-        eta: η, weight of the control variate, fixed (the paper adapts η and τ to the variance); 0 is the score function
-            without a baseline.
+    With ``adapt``, η and log τ are trained along with the program, by its optimiser, on the derivative of the variance
 
-    Limits: Bernoulli and OneHotCategorical sites; costs two more passes a site.
-    References: Tucker et al. 2017 (arXiv 1703.07370), eq. 3, and appendix for categorical sites.
+    .. math:: \partial_{\eta, \tau} E\|g_\alpha\|^2 = E[2\, g_\alpha^\top \partial_{\eta, \tau}\, g_\alpha]
+
+    from the very draws that g is made of: as ``E[g]`` depends on neither, this is exact and unbiased. Here
+    :math:`g_\alpha` is the gradient in the logits of every discrete site, one number a datum and logit and summed over
+    particles: that of a bias of the site, where Tucker et al. take every parameter of the guide. One η and one τ serve
+    all sites.
+
+    Args:
+        temperature: τ of the relaxation, a number or a function of the step; where the adaptation begins.
+        eta: η, weight of the control variate, or where the adaptation begins; 0 is the score function without a
+            baseline.
+        adapt: train η and τ to lower the variance.
+
+    Limits: Bernoulli and OneHotCategorical sites; costs two more passes a site, and with ``adapt`` one more and two
+        further derivatives. A program without derivatives of second order cannot adapt.
+    Raises: InvalidArgument for a temperature that is a function of the step, with ``adapt``.
+    References: Tucker et al. 2017 (arXiv 1703.07370), eq. 3, and appendix for categorical sites; section 3.2 for the
+        adaptation.
     """
 
     temperature: float | Callable[[Any], Any] = 0.5
     eta: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_temperature(self.temperature)
-        number("eta", self.eta, lambda v: v >= 0, "be finite and at least 0", "The paper begins with 1")
+    adapt: bool = False
 
     @property
     def uses_step(self) -> bool:
         return callable(self.temperature)
 
-    def surrogate(self, bound: Bound, terms: Terms) -> PerDatum:
-        temperature = self.temperature(terms.step) if callable(self.temperature) else self.temperature
-        log_weight = stop_gradient(terms.log_weight)
-        value, total = bound.value(log_weight), Pathwise().surrogate(bound, terms)
+    @property
+    def keeps_numbers(self) -> bool:
+        return self.adapt
 
-        def control(other: Terms) -> Array:
-            return bound.value(swap_each(log_weight, other.log_weight))
 
-        for name in _discrete(terms):
-            relax = partial(self._relax, name, _before(terms, name), temperature)
-            free = terms.again(relax)
-            tied = terms.again(relax, given=free.kept)
-            baseline = self.eta * control(tied)
-            signal = value - stop_gradient(baseline)
-            total = total + (signal * _score(terms.sites[name])).sum(axis=0)
-            total = total + (self.eta * control(free) - baseline).sum(axis=0)
-        return total
+@dataclass(frozen=True)
+class RELAX(_ControlVariate):
+    r"""REBAR with a free network in the control variate, all of it trained to lower the variance. Unbiased.
 
-    def _relax(self, name: str, before: frozenset[str], temperature: Any, draw: Draw) -> Choice:
-        """The relaxed value free of the drawn state, or the one given it, where the numbers of the first are given."""
-        if draw.name in before or draw.family not in RELAXABLE:
-            return Choice(draw.drawn if draw.name in before else draw.value)
-        uniform = draw.uniform() if draw.given is None else draw.given["uniform"]
-        if draw.name != name:
-            return Choice(_relaxed(draw, _perturbed(draw, uniform), temperature), kept={"uniform": uniform})
-        tied = _perturbed_given_drawn(draw, uniform)
-        noise = stop_gradient(tied - draw.logits)
-        perturbed = draw.logits + noise if draw.given is None else tied
-        return Choice(_relaxed(draw, perturbed, temperature), kept={"uniform": uniform})
+    For every discrete site
+
+    .. math:: c(z) = \eta\, F(\sigma_\tau(z)) + r^\top \tanh(W\, (2 \sigma_\tau(z) - 1) + v)
+
+    takes the place of :class:`REBAR`'s ``η c``: ``σ_τ(z)`` are the relaxed values of all discrete sites, those before
+    this one as they were drawn; W and v serve all sites, each has an r of its own. At first ``r = 0``, which is REBAR.
+    η, log τ and the network are trained on the exact single-sample derivative of the variance, as under
+    ``REBAR(adapt=True)``: of the gradient in the logits of the discrete sites.
+
+    Args:
+        temperature: τ of the relaxation at first.
+        eta: η, weight of the relaxed bound at first.
+        network_units: hidden units of the network.
+
+    Limits: as of ``REBAR(adapt=True)``; each discrete site must have one value for each particle and datum. The network
+        does not see the datum, what tells of it is the relaxed bound.
+    Raises: InvalidArgument for a temperature that is a function of the step; Refused for values that other plates
+        spread.
+    References: Grathwohl et al. 2018 (arXiv 1711.00123), section 3 (there too a relaxation plus a
+        network); several sites as in Tucker et al. 2017.
+    """
+
+    temperature: float = 0.5
+    eta: float = 1.0
+    network_units: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number("network_units", self.network_units)
+
+    @property
+    def keeps_numbers(self) -> bool:
+        return True
+
+    def initial(self, data: Any, sites: Mapping[str, Site]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        sizes = [math.prod(site.event_shape) for site in sites.values() if _is_discrete(site)]
+        network = hidden_layer(sum(sizes), self.network_units)
+        network["readout"] = np.zeros((len(sizes), self.network_units))
+        return super().initial(data, sites)[0] | network, {}
+
+    def check_terms(self, bound: Bound, terms: Terms) -> None:
+        super().check_terms(bound, terms)
+        _refuse_spread_values("RELAX", "the network sees the values of a datum together", terms)
+
+    def control(self, bound: Bound, log_weight: Array, name: str, relaxed: Terms, own: Mapping[str, Any]) -> Array:
+        xp, names = namespace(log_weight), _discrete(relaxed)
+        values = [relaxed.values[n].reshape((*log_weight.shape, -1)) * 1.0 for n in names]
+        hidden = xp.tanh((2.0 * concatenate(values, -1) - 1.0) @ own["weight"] + own["bias"])
+        return super().control(bound, log_weight, name, relaxed, own) + hidden @ own["readout"][names.index(name)]
 
 
 @dataclass(frozen=True)
@@ -406,13 +564,7 @@ class Enumerate(DiscreteEstimator):
             todo = "Use ELBO, or VIMCO(), or leave the site out of the guide and mark it to be enumerated in the model"
             raise must("bound under Enumerate", "be the ELBO", type(bound).__name__, todo, Refused)
         joint_states(_enumerated(terms), f"the guide under {type(self).__name__}")
-        data = math.prod(terms.log_lik.shape)
-        for name, site in _enumerated(terms).items():
-            if math.prod(np.shape(terms.values[name])) != data * math.prod(site.event_shape):
-                todo = "Put all sites into the plates that they share, or use gradient=ScoreFunction()"
-                condition = "have one value for each particle and datum: each state is given to all of its entries"
-                got = f"values of shape {tuple(np.shape(terms.values[name]))}"
-                raise must(f"site '{name}' under Enumerate", condition, got, todo, Refused)
+        _refuse_spread_values("Enumerate", "each state is given to all of its entries", terms)
 
     def value(self, bound: Bound, terms: Terms) -> PerDatum:
         return stop_gradient(self.surrogate(bound, terms))

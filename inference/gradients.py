@@ -31,7 +31,7 @@ from jaxtyping import Float
 from elbozoo.inference.arrays import Array, namespace, stop_gradient, swap_each
 from elbozoo.inference.errors import Refused, must
 from elbozoo.inference.parts import number, one_of, whole_number
-from elbozoo.inference.terms import Terms
+from elbozoo.inference.terms import Site, Terms
 
 if TYPE_CHECKING:
     from elbozoo.inference.objectives import Bound
@@ -57,11 +57,17 @@ class GradientEstimator(ABC):
         """Whether a schedule in it reads the optimisation step."""
         return False
 
-    def initial(self, data: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    @property
+    def keeps_numbers(self) -> bool:
+        """Whether it trains or remembers numbers of its own."""
+        return False
+
+    def initial(self, data: Any, sites: Mapping[str, Site]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The estimator's own numbers before the first step: those that gradients train, and its memory.
 
         Args:
             data: the program's first argument.
+            sites: the guide's, of which only what is the same for every draw is to be read.
         """
         return {}, {}
 
@@ -214,19 +220,14 @@ class ScoreFunction(GradientEstimator):
     def allows_gain_per_dimension(self) -> bool:
         return self.pathwise_where_possible
 
-    def initial(self, data: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        trained: dict[str, np.ndarray] = {}
-        if self.baseline == "learned":
-            features = math.prod(np.shape(data)[1:])
-            limit = (6.0 / (features + self.baseline_units)) ** 0.5
-            weight = np.random.default_rng(0).uniform(-limit, limit, (features, self.baseline_units))
-            trained = {
-                "weight": weight,
-                "bias": np.zeros(self.baseline_units),
-                "readout": np.zeros(self.baseline_units),
-            }
-        remembers = self.baseline in ("running-mean", "learned")
-        return trained, {"mean": np.zeros(()), "share": np.zeros(())} if remembers else {}
+    @property
+    def keeps_numbers(self) -> bool:
+        return self.baseline in ("running-mean", "learned")
+
+    def initial(self, data: Any, sites: Mapping[str, Site]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        features, units = math.prod(np.shape(data)[1:]), self.baseline_units
+        trained = hidden_layer(features, units) | {"readout": np.zeros(units)} if self.baseline == "learned" else {}
+        return trained, {"mean": np.zeros(()), "share": np.zeros(())} if self.keeps_numbers else {}
 
     def remember(self, bound: Bound, terms: Terms) -> Mapping[str, Array]:
         if not terms.memory:
@@ -383,6 +384,12 @@ class Covariance(GradientEstimator):
             centred = log_weight - (w * log_weight).sum(axis=0)
             score = score + width * w * (1.0 - (1.0 - beta) * centred)
         return weighted(terms, bound.weight(log_weight), 0.0 * log_weight, score)
+
+
+def hidden_layer(inputs: int, units: int) -> dict[str, np.ndarray]:
+    """Weight and bias of a tanh layer before it is trained: Glorot's uniform numbers, the same every time."""
+    limit = (6.0 / (inputs + units)) ** 0.5
+    return {"weight": np.random.default_rng(0).uniform(-limit, limit, (inputs, units)), "bias": np.zeros(units)}
 
 
 def refuse_point_masses(estimator: str, terms: Terms) -> None:

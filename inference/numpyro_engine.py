@@ -20,6 +20,7 @@ import numpyro
 from jax import random
 from jax.lax import stop_gradient
 from numpyro.distributions import (
+    Bernoulli,
     ExpandedDistribution,
     Independent,
     MaskedDistribution,
@@ -47,6 +48,7 @@ from elbozoo.inference.enumeration import (
     refuse_summed_out,
 )
 from elbozoo.inference.errors import InvalidArgument, Refused, must
+from elbozoo.inference.numpyro_distributions import OneHotCategorical
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.terms import (
     Choice,
@@ -135,6 +137,8 @@ class _Choose(Messenger):
         )
         self.choices[name] = choice = self.choose(draw)
         msg["value"], msg["intermediates"] = choice.value, None
+        if choice.logits is not None:
+            msg["fn"] = _with_logits(fn, choice.logits)
 
 
 def _logits(fn: Any) -> Any:
@@ -147,6 +151,12 @@ def _logits(fn: Any) -> Any:
     if family == "Bernoulli":
         return jnp.asarray(fn.logits)
     return jax.nn.log_softmax(fn.logits) if family in ("Categorical", "OneHotCategorical") else None
+
+
+def _with_logits(fn: Any, logits: jax.Array) -> Any:
+    """A Bernoulli or a OneHotCategorical with other logits."""
+    base, count = _strip(fn)
+    return (Bernoulli if _family(base) == "Bernoulli" else OneHotCategorical)(logits=logits).to_event(count)
 
 
 def _num_classes(fn: Any) -> int:
@@ -230,13 +240,10 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
     data_per_entry = 1.0 if shared else _data_size(model_trace)
     sites = {
         n: {
-            "reparameterised": bool(s["is_observed"] or s["fn"].has_rsample),
             "plain": _is_plain(s, scale),
             "auxiliary": n not in model_trace,
             "support": _fixed_support(model_trace[n]["fn"]) if n in model_trace else None,
-            "guide_family": _family(_strip(s["fn"])[0]),
-            "event_shape": tuple(s["fn"].event_shape),
-            "num_classes": _num_classes(_strip(s["fn"])[0]),
+            **_facts(s),
         }
         for n, s in _samples(guide_trace).items()
     }
@@ -254,6 +261,17 @@ def _why_estimated(model_trace: Any, guide_trace: Any, shared: frozenset[Any]) -
             if frame not in shared and shared and _full_size(frame, model_trace) != frame.size:
                 return f"plate '{frame.name}', which is subsampled beside the data's"
     return ""
+
+
+def _facts(site: Any) -> dict[str, Any]:
+    """What is the same for every draw of a site, by attribute of :class:`Site`."""
+    base = _strip(site["fn"])[0]
+    return {
+        "reparameterised": bool(site["is_observed"] or site["fn"].has_rsample),
+        "guide_family": _family(base),
+        "event_shape": tuple(site["fn"].event_shape),
+        "num_classes": _num_classes(base),
+    }
 
 
 def _fixed_support(fn: Any) -> Any:
@@ -465,10 +483,8 @@ def _is_summed_out(site: Any) -> bool:
 
 
 def _placed(site: Any) -> Placed:
-    base, fn = _strip(site["fn"])[0], site["fn"]
-    facts = Site(guide_family=_family(base), event_shape=tuple(fn.event_shape), num_classes=_num_classes(base))
-    plates = frozenset((f.name, f.dim) for f in site["cond_indep_stack"])
-    return Placed(facts, plates, tuple(fn.batch_shape), 1.0 if site["scale"] is None else site["scale"])
+    plates, scale = frozenset((f.name, f.dim) for f in site["cond_indep_stack"]), site["scale"]
+    return Placed(Site(**_facts(site)), plates, tuple(site["fn"].batch_shape), 1.0 if scale is None else scale)
 
 
 def _check_match(model_trace: Any, guide_trace: Any) -> None:
@@ -750,24 +766,28 @@ def with_own_sites(guide: Callable, objective: Objective) -> Callable:
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         mutable_site(_STEP, jnp.zeros((), dtype=jnp.int32))
+        with trace() as traced:
+            out = guide(*args, **kwargs)
+        sites = {n: Site(**_facts(s)) for n, s in _samples(traced).items()}
         trained, memory = jax.tree.map(
-            lambda x: jnp.asarray(x, jnp.result_type(float)), objective.gradient.initial(args[0] if args else None)
+            lambda x: jnp.asarray(x, jnp.result_type(float)),
+            objective.gradient.initial(args[0] if args else None, sites),
         )
         if trained:
             numpyro.param(_ESTIMATOR, trained)
         if memory:
             mutable_site(MEMORY, memory)
-        return guide(*args, **kwargs)
+        return out
 
     return counted
 
 
 def check_own_sites(objective: Objective, terms: Terms) -> None:
     """Refuse a guide without the numbers that the objective's gradient estimator needs. Raises: InvalidArgument."""
-    trained, memory = objective.gradient.initial(terms.data)
+    trained, memory = objective.gradient.initial(terms.data, terms.sites)
     if set(trained) - set(terms.trained) or set(memory) - set(terms.memory):
         todo = "Pass loss.guide(guide) to SVI"
-        raise must("guide", "carry the numbers of a running or learned baseline", "a plain guide", todo)
+        raise must("guide", "carry the numbers that its gradient estimator trains or remembers", "a plain guide", todo)
 
 
 # --- drop-in loss -----------------------------------------------------------------------------------------------
@@ -781,7 +801,7 @@ class Loss(NumPyroELBO):
         svi = numpyro.infer.SVI(model, guide, optax.adam(1e-3), loss=Loss(IWAE(50)))
 
     Its value is minus the *unshaped* bound summed over the shared plates (times their subsample scale); its gradient
-    is that of the objective's surrogate. A schedule needs a step counter, a running or learned baseline numbers of its
+    is that of the objective's surrogate. A schedule needs a step counter, an estimator that learns numbers of its
     own: pass ``loss.guide(guide)`` to ``SVI`` in place of ``guide``.
 
     Plates that every site shares give per-datum weights. A site outside them (a global latent) makes one joint weight
@@ -827,8 +847,8 @@ class Loss(NumPyroELBO):
                 "a plain guide",
                 "Pass loss.guide(guide) to SVI",
             )
-        check_own_sites(self.objective, terms)
         self.objective.check(terms)
+        check_own_sites(self.objective, terms)
         if _STEP in mutable:
             mutable[_STEP] = step + 1
         if MEMORY in mutable:

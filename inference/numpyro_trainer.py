@@ -55,7 +55,7 @@ class Trainer:
         device: str | None,
     ):
         self.objective, self.whole = objective, program
-        if any(objective.gradient.initial(data[0])):
+        if objective.gradient.keeps_numbers:
             program = replace(program, guide_fn=with_own_sites(program.guide_fn, objective))
         self.program = program
         self.adam = optimizer if isinstance(optimizer, Adam) else Adam()  # which neither skips nor averages

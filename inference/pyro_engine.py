@@ -395,6 +395,15 @@ class _Choose(poutine.messenger.Messenger):
         draw = Draw(name, family, logits, msg["value"], drawn, given, uniform, event_ndim)
         self.choices[name] = choice = self.choose(draw)
         msg["value"] = choice.value
+        if choice.logits is not None:
+            msg["fn"] = _with_logits(msg["fn"], choice.logits)
+
+
+def _with_logits(fn: Any, logits: torch.Tensor) -> Any:
+    """A Bernoulli or a OneHotCategorical with other logits."""
+    base, count = _strip(fn)
+    family = dist.Bernoulli if isinstance(base, dist.Bernoulli) else dist.OneHotCategorical
+    return family(logits=logits, validate_args=False).to_event(count)
 
 
 def _logits(fn: Any) -> Any:
@@ -890,7 +899,7 @@ class OwnNumbers:
     def put_into(self, terms: Terms) -> Terms:
         """The terms with these numbers."""
         if self._start is None:
-            self._start = self.gradient.initial(terms.data)
+            self._start = self.gradient.initial(terms.data, terms.sites)
             self.memory = {n: torch.as_tensor(v).to(terms.log_lik) for n, v in self._start[1].items()}
         trained = {
             n: pyro.param(OWN + n, lambda v=v: torch.as_tensor(v).to(terms.log_lik)) for n, v in self._start[0].items()

@@ -71,7 +71,7 @@ class Trainer:
             if objective.num_particles > 1:
                 with self.program.parameters():
                     self.nesting = particle_plate(self.program.model, self.program.guide, example, {})
-            if any(objective.gradient.initial(example[0])):
+            if objective.gradient.keeps_numbers:
                 with self.program.parameters(), torch.no_grad():
                     self.own.put_into(particles(self.program.model, self.program.guide, example))
             self.rng = self._rng()

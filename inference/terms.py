@@ -132,11 +132,14 @@ class Choice:
     Attributes:
         value: the site's value.
         score: of the shape of ``logits``; summed over the site's dimensions it becomes ``Terms.scores[name]``.
+        logits: the site has these in place of its own, and its densities are taken with them; of a Bernoulli or a
+            OneHotCategorical alone.
         kept: arrays that come back as they are, as ``Terms.kept[name]``.
     """
 
     value: Any
     score: Any = None
+    logits: Any = None
     kept: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -108,6 +108,13 @@ def gauss_hermite(num: int) -> tuple[np.ndarray, np.ndarray]:
     return x, w / w.sum()
 
 
+@cache
+def shifted_legendre(num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights for ``E[f(u)]``, u uniform on (0, 1)."""
+    x, w = np.polynomial.legendre.leggauss(num)
+    return (x + 1) / 2, w / 2
+
+
 def product(*grids: tuple[np.ndarray, np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
     """The product of one-dimensional grids: coordinates (each flat) and weights."""
     points = np.meshgrid(*(g[0] for g in grids), indexing="ij")
@@ -280,11 +287,20 @@ class Toy:
         )
 
 
-def own_numbers(objective: Any, x: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What the objective's estimator trains and remembers, as if it had taken some steps: no baseline is zero."""
-    trained, memory = getattr(objective, "objective", objective).gradient.initial(x)
+def own_numbers(
+    objective: Any, x: Any, sites: Callable[[], Any]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What the objective's estimator trains and remembers, as if it had taken some steps: no baseline is zero.
+
+    Args:
+        sites: makes what is known of the guide's sites, where an estimator asks.
+    """
+    gradient = getattr(objective, "objective", objective).gradient
+    if not gradient.keeps_numbers:
+        return {}, {}
+    trained, memory = gradient.initial(x, sites())
     rng = np.random.default_rng(0)
-    return {n: 0.3 * rng.normal(size=v.shape) for n, v in trained.items()}, {
+    return {n: v + 0.3 * rng.normal(size=v.shape) for n, v in trained.items()}, {
         "mean": np.array(-0.9),
         "share": np.array(0.7),
     } if memory else {}
@@ -304,12 +320,15 @@ def estimates(
     if engine == "numpyro":
         import jax
 
-        from elbozoo.inference.numpyro_engine import Loss
+        from elbozoo.inference.numpyro_engine import Loss, Program
+
+        def sites() -> Any:
+            return Program(model, guide).with_params(init).outline((x,)).sites
 
         def moments(params: Any, key: Any) -> Any:
             out = []
             for objective in objectives:
-                trained, memory = jax.tree.map(lib.array, own_numbers(objective, x))
+                trained, memory = jax.tree.map(lib.array, own_numbers(objective, x, sites))
                 own = {"elbozoo_estimator": trained, "elbozoo_memory": memory}
                 grads = jax.grad(lambda p, o=objective, own=own: Loss(o).loss(key, p | own, model, guide, x))(params)
                 out.append({n: (-g.mean(), g.std() / draws**0.5) for n, g in grads.items()})
@@ -319,17 +338,19 @@ def estimates(
 
     import pyro
 
-    from elbozoo.inference.pyro_engine import Loss
+    from elbozoo.inference.pyro_engine import Loss, particles
+
+    def known() -> Any:
+        return particles(*toy.program(lib, init.__getitem__, draws), (x,)).sites
 
     out = []
     for objective in objectives:
+        own = own_numbers(objective, x, known)
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
-        model, guide = toy.program(lib, lambda n: lib.param(n, init[n].clone()), draws)
         loss = Loss(objective, max_plate_nesting=1)
-        loss.own._start = own_numbers(objective, x)
-        loss.own.memory = {n: lib.array(v) for n, v in loss.own._start[1].items()}
-        loss.loss_and_grads(model, guide, x)
+        loss.own._start, loss.own.memory = own, {n: lib.array(v) for n, v in own[1].items()}
+        loss.loss_and_grads(*toy.program(lib, lambda n: lib.param(n, init[n].clone()), draws), x)
         grads = {n: pyro.param(n).unconstrained().grad for n in toy.params}
         out.append({n: (-float(g.mean()), float(g.std()) / draws**0.5) for n, g in grads.items() if g is not None})
     return out

@@ -12,7 +12,7 @@ import pytest
 from scipy.special import log_expit, log_softmax, logsumexp
 
 from elbozoo.inference import ELBO, IWAE, Adam, evaluate, fit
-from elbozoo.inference.discrete import REBAR, DisARM, Enumerate, GumbelSoftmax
+from elbozoo.inference.discrete import REBAR, RELAX, DisARM, Enumerate, GumbelSoftmax
 from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.gradients import NVIL, RWS, VIMCO, ScoreFunction
 from elbozoo.zoo import MLP, CategoricalVAE, Conv, Gaussian
@@ -313,7 +313,7 @@ def test_a_traced_step_takes_the_autoregressive_guide() -> None:
 
 @pytest.mark.parametrize(
     "objective",
-    [IWAE(3, VIMCO()), ELBO(gradient=ScoreFunction(baseline="running-mean")), ELBO(gradient=GumbelSoftmax()), ELBO(gradient=REBAR())],
+    [IWAE(3, VIMCO()), ELBO(gradient=ScoreFunction(baseline="running-mean")), ELBO(gradient=GumbelSoftmax()), ELBO(gradient=REBAR()), IWAE(2, RELAX(network_units=4))],
     ids=lambda o: type(o.gradient).__name__,
 )  # fmt: skip
 def test_it_trains(engine: str, objective: Any) -> None:

@@ -28,6 +28,8 @@ from elbozoo.inference import (
     ELBO,
     IWAE,
     MIWAE,
+    REBAR,
+    RELAX,
     STL,
     Adam,
     AnnealedKL,
@@ -220,6 +222,8 @@ WORDS = {
     "--objective ciwae --beta 0.25": CIWAE(0.25),
     "--shape beta --beta 4": Beta(ELBO(), 4.0),
     "--gradient score-function --pathwise-where-possible False": ELBO(gradient=ScoreFunction(False)),
+    "--gradient rebar --adapt True --temperature 0.3": ELBO(gradient=REBAR(0.3, adapt=True)),
+    "--objective iwae --gradient relax --network-units 8 --eta 0.5": IWAE(gradient=RELAX(eta=0.5, network_units=8)),
     "--analytic-kl False --num-particles 2": ELBO(2, analytic_kl=False),
     "--shape annealed-kl free-bits --warmup 3 --free-bits 0.2 --per site": AnnealedKL(
         FreeBits(ELBO(), 0.2, "site"), warmup=3.0

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
-from oracles import BINARY_LAYERS, DISCRETE, ONE_SITE, Nodes, Params, Toy, bernoulli, normal
+from oracles import BINARY_LAYERS, DISCRETE, ONE_HOT, ONE_SITE, Nodes, Params, Toy, bernoulli, normal
+from scipy.optimize import minimize
 from scipy.special import expit
 
-from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate, GumbelSoftmax, StraightThrough
+from elbozoo.inference.discrete import ARM, REBAR, RELAX, DisARM, Enumerate, GumbelSoftmax, StraightThrough
 from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.gradients import NVIL, RWS, VIMCO, Covariance, ScoreFunction
 from elbozoo.inference.objectives import ELBO, IWAE, PIWAE, TVO
@@ -225,9 +226,11 @@ def losses(engine: str, objective: Any, seeds: int) -> np.ndarray:
     if engine == "numpyro":
         import jax
 
-        from elbozoo.inference.numpyro_engine import Loss
+        from elbozoo.inference.numpyro_engine import Loss, Program
 
         params = {n: lib.array(v) for n, v in TOY.params.items()}
+        outline = Program(model, guide).with_params(params).outline((x,))
+        params["elbozoo_estimator"] = objective.gradient.initial(x, outline.sites)[0]
         one = jax.vmap(lambda seed: -Loss(objective).loss(jax.random.key(seed), params, model, guide, x))
         return np.asarray(oracles.compiled(one)(np.arange(seeds)))
     import pyro
@@ -238,7 +241,7 @@ def losses(engine: str, objective: Any, seeds: int) -> np.ndarray:
     return np.array([-float(Loss(objective).loss(model, guide, x)) for _ in range(seeds)])
 
 
-@pytest.mark.parametrize("gradient", [GumbelSoftmax(0.5), REBAR(), DisARM()], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize("gradient", [GumbelSoftmax(0.5), REBAR(), RELAX(), DisARM()], ids=lambda g: type(g).__name__)
 def test_what_is_reported_is_of_the_discrete_model(engine: str, gradient: Any) -> None:
     """Every value is one of the four that the states allow, never one of a relaxed state."""
     *_, log_weight = held_weights(1)
@@ -248,7 +251,9 @@ def test_what_is_reported_is_of_the_discrete_model(engine: str, gradient: Any) -
     assert len(np.unique(np.round(found, 9))) > 1
 
 
-@pytest.mark.parametrize("gradient", [GumbelSoftmax(0.5), REBAR(0.5), DisARM(), ARM()], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize(
+    "gradient", [GumbelSoftmax(0.5), REBAR(0.5), RELAX(), DisARM(), ARM()], ids=lambda g: type(g).__name__
+)
 @pytest.mark.parametrize("logit", [800.0, -800.0])
 def test_an_all_but_sure_state_has_a_finite_gradient(engine: str, gradient: Any, logit: float) -> None:
     """A uniform number given such a state rounds to 0 or 1, whose logit is infinite."""
@@ -341,6 +346,297 @@ def test_gets_away_from_a_bad_start_where_the_plain_score_does_not(engine: str, 
     assert np.abs(stuck - posterior).max() > 0.9
 
 
+# --- control variates that are trained on the variance -----------------------------------------------------------
+
+KNOBS = {"eta": np.array(0.7), "log_temperature": np.array(np.log(0.8))}
+"""Away from where they begin, and from the best."""
+
+
+def network(inputs: int, sites: int) -> dict[str, np.ndarray]:
+    """Two hidden units, none of them at zero."""
+    rng = np.random.default_rng(3)
+    shapes = {"weight": (inputs, 2), "bias": (2,), "readout": (sites, 2)}
+    return {n: rng.normal(size=s) for n, s in shapes.items()}
+
+
+def given_state(logit: Any, uniform: Any, b: Any) -> np.ndarray:
+    """The perturbed logit given its sign: a uniform number of the part of (0, 1) that gives ``b``, and its quantile."""
+    zero = expit(-logit)
+    v = np.where(b > 0.5, zero + uniform * (1 - zero), uniform * zero)
+    return logit + np.log(v) - np.log1p(-v)
+
+
+def read_out(own: dict[str, np.ndarray], site: int, *values: Any) -> Any:
+    """The network's part of a control variate."""
+    if "weight" not in own:
+        return 0.0
+    x = np.stack(np.broadcast_arrays(*values), axis=-1)
+    return np.tanh((2 * x - 1) @ own["weight"] + own["bias"]) @ own["readout"][site]
+
+
+def squared_length(surrogate: Any, weight: np.ndarray, logits: int) -> float:
+    """``E ‖∂ surrogate‖²`` at no shift of the logits, by central differences of every draw."""
+    stencil, step = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12)), 1e-3
+    slopes = (
+        sum(c * surrogate(*(i * step * (n == j) for j in range(logits))) for i, c in stencil) / step
+        for n in range(logits)
+    )
+    return float(sum(weight @ slope**2 for slope in slopes))
+
+
+def second_moment_of_layers(own: dict[str, np.ndarray], num: int = 8) -> float:
+    """Of the gradient of the ELBO of ``BINARY_LAYERS`` in the logits of its two sites, from one draw.
+
+    Tucker et al. 2017, eq. 3, site by site; states are enumerated, the noise of the first site, of the second after it
+    and of the second alone is integrated.
+    """
+    p, eta, temperature = TOY.params, own["eta"], np.exp(own["log_temperature"])
+    grid = oracles.shifted_legendre(num)
+    coin = (STATES, np.ones(2))
+    (b1, b2, u1, u2, u3), weight = oracles.product(coin, coin, grid, grid, grid)
+    weight = weight * np.exp(log_guide(p, b1, b2))
+
+    def bound(c1: Any, c2: Any, e1: float, e2: float) -> np.ndarray:
+        log_q = bernoulli(c1, p["qa"] + e1) + bernoulli(c2, p["qb"] + p["qc"] * c1 + e2)
+        return log_joint(p, c1, c2) - log_q
+
+    def first(z1: Any, e1: float, e2: float) -> np.ndarray:
+        y1 = expit(z1 / temperature)
+        y2 = expit((p["qb"] + p["qc"] * y1 + e2 + np.log(u2) - np.log1p(-u2)) / temperature)
+        return eta * bound(y1, y2, e1, e2) + read_out(own, 0, y1, y2)
+
+    def second(z2: Any, e1: float, e2: float) -> np.ndarray:
+        y2 = expit(z2 / temperature)
+        return eta * bound(b1, y2, e1, e2) + read_out(own, 1, b1, y2)
+
+    logit1, logit2 = p["qa"], p["qb"] + p["qc"] * b1
+    z1, z2 = given_state(logit1, u1, b1), given_state(logit2, u3, b2)
+    signal1, signal2 = (bound(b1, b2, 0, 0) - c for c in (first(z1, 0, 0), second(z2, 0, 0)))
+
+    def surrogate(e1: float, e2: float) -> np.ndarray:
+        total = bound(b1, b2, e1, e2) + signal1 * bernoulli(b1, logit1 + e1) + signal2 * bernoulli(b2, logit2 + e2)
+        total = total + first(z1 + e1, e1, e2) - first(given_state(logit1 + e1, u1, b1), e1, e2)
+        return total + second(z2 + e2, e1, e2) - second(given_state(logit2 + e2, u3, b2), e1, e2)
+
+    return squared_length(surrogate, weight, 2)
+
+
+COIN = {"m": 0.4, "w": 1.6, "qa": 0.5}
+
+
+def _coin(lib: Any, p: Any, size: int) -> tuple[Any, Any]:
+    def model(x: Any) -> None:
+        with lib.plate("data", size, dim=-1):
+            b = lib.sample("b", lib.dist.Bernoulli(logits=p("m")))
+            lib.sample("x", lib.dist.Normal(p("w") * b, 0.8), obs=x)
+
+    def guide(x: Any) -> None:
+        with lib.plate("data", size, dim=-1):
+            lib.sample("b", lib.dist.Bernoulli(logits=p("qa")))
+
+    return model, guide
+
+
+ONE_COIN = Toy("one coin", COIN, 1.0, _coin, lambda p, q, num: None)
+
+
+def second_moment_of_pair(own: dict[str, np.ndarray], num: int = 12) -> float:
+    """Of the gradient of the two-particle IWAE bound of ``ONE_COIN`` in the logit, which both particles share."""
+    p, eta, temperature = COIN, own["eta"], np.exp(own["log_temperature"])
+    grid, coin = oracles.shifted_legendre(num), (STATES, np.ones(2))
+    (b1, b2, u1, u2), weight = oracles.product(coin, coin, grid, grid)
+    b, u = np.stack([b1, b2]), np.stack([u1, u2])
+    weight = weight * np.exp(bernoulli(b, p["qa"]).sum(axis=0))
+
+    def log_weight(c: Any, e: float) -> np.ndarray:
+        return bernoulli(c, p["m"]) + normal(ONE_COIN.x, p["w"] * c, 0.8) - bernoulli(c, p["qa"] + e)
+
+    at = log_weight(b, 0.0)
+
+    def control(k: int, z: Any, e: float) -> np.ndarray:
+        y = expit(z / temperature)
+        return eta * np.logaddexp(log_weight(y, e), at[1 - k]) - eta * np.log(2) + read_out(own, 0, y)
+
+    tied = given_state(p["qa"], u, b)
+    signal = [oracles.iwae(at) - control(k, tied[k], 0.0) for k in range(2)]
+
+    def surrogate(e: float) -> np.ndarray:
+        total = oracles.iwae(log_weight(b, e))
+        for k in range(2):
+            total = total + signal[k] * bernoulli(b[k], p["qa"] + e)
+            total = total + control(k, tied[k] + e, e) - control(k, given_state(p["qa"] + e, u[k], b[k]), e)
+        return total
+
+    return squared_length(surrogate, weight, 1)
+
+
+def second_moment_of_classes(own: dict[str, np.ndarray], num: int = 10) -> float:
+    """Of the gradient of the ELBO of ``ONE_HOT`` in its three logits; Gumbel noise given the state by Tucker et al., C."""
+    p, eta, temperature = ONE_HOT.params, own["eta"], np.exp(own["log_temperature"])
+    grid = oracles.shifted_legendre(num)
+    (state, *v), weight = oracles.product((np.arange(3), np.ones(3)), grid, grid, grid)
+    b, v, means = np.eye(3)[state.astype(int)], np.stack(v, axis=-1), np.array([p["w0"], p["w1"], p["w2"]])
+
+    def log_probs(logits: Any) -> np.ndarray:
+        return np.asarray(logits) - np.logaddexp.reduce(logits)
+
+    def bound(c: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+        return normal(ONE_HOT.x, c @ means, np.exp(p["s"])) + c @ (log_probs([p["m0"], p["m1"], 0.0]) - log_q)
+
+    def control(z: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+        y = np.exp(z / temperature) / np.exp(z / temperature).sum(axis=-1, keepdims=True)
+        return eta * bound(y, log_q) + read_out(own, 0, *y.T)
+
+    def tied(log_q: np.ndarray) -> np.ndarray:
+        of_winner = -np.log((v * b).sum(axis=-1, keepdims=True))
+        return -np.log(np.where(b > 0.5, of_winner, -np.log(v) / np.exp(log_q) + of_winner))
+
+    at = log_probs([p["q0"], p["q1"], 0.0])
+    signal = bound(b, at) - control(tied(at), at)
+
+    def surrogate(*shift: float) -> np.ndarray:
+        log_q = log_probs(np.array([p["q0"], p["q1"], 0.0]) + shift)
+        free = control(log_q + (tied(at) - at), log_q)
+        return bound(b, log_q) + signal * (b @ log_q) + free - control(tied(log_q), log_q)
+
+    return squared_length(surrogate, weight * np.exp(b @ at), 3)
+
+
+def own_gradients(
+    engine: str, toy: Toy, objective: Any, own: dict[str, np.ndarray], size: int, seeds: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The gradient of the drop-in loss in the estimator's own numbers, a datum: mean and standard error."""
+    lib = oracles.library(engine)
+    params = {n: lib.array(np.full(size, v)) for n, v in toy.params.items()}
+    x = lib.array(np.full(size, toy.x))
+    if engine == "numpyro":
+        import jax
+
+        from elbozoo.inference.numpyro_engine import Loss
+
+        model, guide = toy.program(lib, lambda n: lib.param(n, params[n]), size)
+
+        def loss(own: Any, key: Any) -> Any:
+            return Loss(objective).loss(key, params | {"elbozoo_estimator": own}, model, guide, x)
+
+        keys = jax.random.split(jax.random.key(0), seeds)
+        one = oracles.compiled(lambda key: jax.grad(loss)(jax.tree.map(lib.array, own), key))
+        found = [{n: np.asarray(g) / size for n, g in one(key).items()} for key in keys]
+    else:
+        import pyro
+
+        from elbozoo.inference.pyro_engine import Loss
+
+        pyro.set_rng_seed(0)
+        model, guide = toy.program(lib, lambda n: lib.param(n, params[n].clone()), size)
+        found = []
+        for _ in range(seeds):
+            pyro.clear_param_store()
+            drop_in = Loss(objective, max_plate_nesting=1)
+            drop_in.own._start = own, {}
+            drop_in.loss_and_grads(model, guide, x)
+            found.append({n: pyro.param(f"elbozoo.{n}").grad.numpy() / size for n in own})
+    stacked = {n: np.stack([f[n] for f in found]) for n in own}
+    return {n: (v.mean(axis=0), v.std(axis=0, ddof=1) / seeds**0.5) for n, v in stacked.items()}
+
+
+def differences(moment: Any, own: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The derivative of ``moment`` in every one of ``own``'s numbers."""
+    out = {}
+    for name, value in own.items():
+        out[name] = np.empty_like(value)
+        for index in np.ndindex(value.shape):
+
+            def at(moved: Params, name: str = name, index: Any = index) -> float:
+                changed = own[name].copy()
+                changed[index] = moved["x"]
+                return moment(own | {name: changed})
+
+            out[name][index] = oracles.differentiate(at, {"x": float(value[index])}, ["x"])["x"]
+    return out
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["REBAR", "RELAX"])
+@pytest.mark.parametrize("case", ["two sites", "two particles", "one hot"])
+def test_a_control_variate_is_trained_on_the_variance(engine: str, case: str, learned: bool) -> None:
+    """Its own numbers get the exact derivative of ``E‖g‖²``, by enumeration, quadrature and differences."""
+    gradient = RELAX(network_units=2) if learned else REBAR(adapt=True)
+    toy, objective, moment, shape = {
+        "two sites": (TOY, ELBO(gradient=gradient, analytic_kl=False), second_moment_of_layers, (2, 2)),
+        "two particles": (ONE_COIN, IWAE(2, gradient), second_moment_of_pair, (1, 1)),
+        "one hot": (ONE_HOT, ELBO(gradient=gradient, analytic_kl=False), second_moment_of_classes, (3, 1)),
+    }[case]
+    own = KNOBS | (network(*shape) if learned else {})
+    want = differences(moment, own)
+    found = own_gradients(engine, toy, objective, own, 4000, 12)
+    norm = np.sqrt(sum((w**2).sum() for w in want.values()))
+    for name, exactly in want.items():
+        mean, error = found[name]
+        np.testing.assert_array_less(np.abs(mean - exactly), 5 * error + 1e-6, err_msg=name)
+        assert 5 * error.max() < 0.05 * norm, f"{name}: no power, ± {error} for a derivative of norm {norm}"
+
+
+@pytest.mark.parametrize(
+    ("moment", "shape"),
+    [(second_moment_of_layers, (2, 2)), (second_moment_of_pair, (1, 1)), (second_moment_of_classes, (3, 1))],
+)
+def test_the_quadrature_of_the_variance_has_converged(moment: Any, shape: tuple[int, int]) -> None:
+    for own in (KNOBS, KNOBS | network(*shape)):
+        assert moment(own) == pytest.approx(moment(own, 16), rel=1e-3)
+
+
+def trained_own(engine: str, toy: Toy, objective: Any, steps: int) -> dict[str, np.ndarray]:
+    """The estimator's numbers after ``steps`` of the library's own ``SVI`` on a program without parameters."""
+    lib, size = oracles.library(engine), 200
+    model, guide = toy.program(lib, lambda n: lib.array(np.full(size, toy.params[n])), size)
+    x = lib.array(np.full(size, toy.x))
+    if engine == "numpyro":
+        import jax
+        import numpyro
+
+        from elbozoo.inference.numpyro_engine import Loss
+
+        loss = Loss(objective)
+        svi = numpyro.infer.SVI(model, loss.guide(guide), numpyro.optim.Adam(0.05), loss)
+        result = svi.run(jax.random.key(0), steps, x, progress_bar=False)
+        return {n: np.asarray(v) for n, v in result.params["elbozoo_estimator"].items()}
+    import pyro
+
+    from elbozoo.inference.pyro_engine import Loss
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Loss(objective))
+    for _ in range(steps):
+        svi.step(x)
+    names = objective.gradient.initial(x, Loss(objective).terms(model, guide, x).sites)[0]
+    return {n: pyro.param(f"elbozoo.{n}").detach().numpy() for n in names}
+
+
+@pytest.fixture(scope="module")
+def least_moment() -> float:
+    """Of any η and τ."""
+
+    def moment(at: np.ndarray) -> float:
+        return second_moment_of_layers({"eta": at[0], "log_temperature": at[1]})
+
+    return minimize(moment, [1.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-3, "fatol": 1e-6}).fun
+
+
+def test_adapting_lowers_the_variance_from_a_bad_start(engine: str, least_moment: float) -> None:
+    """To the least that any η and τ have, or nearly: it is flat in τ."""
+    bad = {"eta": np.array(2.5), "log_temperature": np.log(0.2)}
+    found = trained_own(engine, TOY, ELBO(gradient=REBAR(0.2, 2.5, adapt=True), analytic_kl=False), 250)
+    assert second_moment_of_layers(bad) > 10 * least_moment
+    assert second_moment_of_layers(found) < 1.1 * least_moment
+
+
+def test_a_free_network_lowers_the_variance_further(engine: str, least_moment: float) -> None:
+    """Below what any η and τ have."""
+    found = trained_own(engine, TOY, ELBO(gradient=RELAX(network_units=8), analytic_kl=False), 250)
+    assert second_moment_of_layers(found) < 0.6 * least_moment
+
+
 # --- guards -------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +645,7 @@ def test_gets_away_from_a_bad_start_where_the_plain_score_does_not(engine: str, 
     [
         (DISCRETE, ELBO(gradient=DisARM()), r"site 'd' under DisARM must be of a Bernoulli; got Categorical. .*VIMCO"),
         (DISCRETE, ELBO(gradient=REBAR()), r"site 'd' under REBAR must .*; got Categorical. Write it as a OneHot"),
+        (DISCRETE, ELBO(gradient=RELAX()), r"site 'd' under RELAX must .*; got Categorical. Write it as a OneHot"),
         (DISCRETE, ELBO(gradient=GumbelSoftmax()), r"site 'd' under GumbelSoftmax .* Write it as a OneHotCategorical"),
         (ONE_SITE, IWAE(2, ARM()), r"the guide under ARM must have a site that is not reparameterised; .*DReG"),
         (ONE_SITE, IWAE(2, GumbelSoftmax()), r"the guide under GumbelSoftmax must have a site that is not"),
@@ -373,6 +670,9 @@ def test_refused_with_the_name_of_one_that_fits(engine: str, toy: Toy, objective
         (lambda: GumbelSoftmax(0.0), r"temperature must be a finite number above 0; got 0"),
         (lambda: REBAR(-1.0), r"temperature must be a finite number above 0; got -1"),
         (lambda: REBAR(eta=-0.1), r"eta must be finite and at least 0; got -0\.1"),
+        (lambda: REBAR(lambda step: 0.5, adapt=True), r"temperature that is adapted must be a number; got a function"),
+        (lambda: RELAX(0.0), r"temperature must be a finite number above 0; got 0"),
+        (lambda: RELAX(network_units=0), r"network_units must be"),
         (lambda: RWS(wake=-1.0), r"wake must be finite and at least 0"),
         (lambda: RWS(0.0, 0.0), r"wake \+ sleep must be above 0"),
         (lambda: ScoreFunction(baseline_decay=1.0), r"baseline_decay must lie in \[0, 1\)"),
@@ -384,7 +684,8 @@ def test_settings_that_make_no_sense(make: Any, message: str) -> None:
         make()
 
 
-def test_entries_that_no_shared_plate_holds_are_not_enumerated_alike(engine: str) -> None:
+@pytest.mark.parametrize("gradient", [Enumerate(), RELAX()], ids=lambda g: type(g).__name__)
+def test_entries_that_no_shared_plate_holds_are_not_taken_together(engine: str, gradient: Any) -> None:
     """Three coins of one site: to give all of them one state would leave out six of eight states."""
     lib = oracles.library(engine)
 
@@ -395,9 +696,9 @@ def test_entries_that_no_shared_plate_holds_are_not_enumerated_alike(engine: str
     def guide() -> None:
         lib.sample("d", lib.dist.Bernoulli(logits=lib.param("a", lib.array(np.array([0.4, -1.0, 0.2])))))
 
-    message = r"site 'd' under Enumerate must have one value for each particle and datum.*ScoreFunction"
+    message = r"site 'd' under \w+ must have one value for each particle and datum.*ScoreFunction"
     with pytest.raises(Refused, match=message):
-        loss_of(engine, ELBO(gradient=Enumerate()), model, guide, {"a": np.array([0.4, -1.0, 0.2])})
+        loss_of(engine, ELBO(gradient=gradient), model, guide, {"a": np.array([0.4, -1.0, 0.2])})
 
 
 def loss_of(engine: str, objective: Any, model: Any, guide: Any, params: dict[str, np.ndarray]) -> float:
@@ -537,8 +838,14 @@ BINARY = (np.random.default_rng(1).random((24, 6)) < 0.4).astype(float)
 
 @pytest.mark.parametrize(
     "gradient",
-    [NVIL(baseline_units=4), ScoreFunction(baseline="running-mean"), GumbelSoftmax(lambda step: 1.0 / (1.0 + step))],
-    ids=["learned", "running-mean", "annealed-temperature"],
+    [
+        NVIL(baseline_units=4),
+        ScoreFunction(baseline="running-mean"),
+        GumbelSoftmax(lambda step: 1.0 / (1.0 + step)),
+        REBAR(adapt=True),
+        RELAX(network_units=4),
+    ],
+    ids=["learned", "running-mean", "annealed-temperature", "adapted", "network"],
 )
 def test_training_resumes_with_what_the_estimator_knows(engine: str, gradient: Any, tmp_path: Path) -> None:
     """Bit for bit, and none of it is a weight of the program."""
@@ -563,6 +870,36 @@ def test_training_resumes_with_what_the_estimator_knows(engine: str, gradient: A
     assert set(whole.weights) == {"W", "a", "V"}
     for name, value in whole.weights.items():
         np.testing.assert_array_equal(np.asarray(resumed.weights[name]), np.asarray(value))
+
+
+@pytest.mark.pyro
+@pytest.mark.parametrize("gradient", [REBAR(adapt=True), RELAX(network_units=4)], ids=lambda g: type(g).__name__)
+def test_a_traced_step_trains_a_control_variate_as_a_plain_one_does(
+    gradient: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two derivatives are taken within the step that is traced. A trace leaves out unused draws: none is random here."""
+    import torch
+
+    from elbozoo.inference import Adam
+    from elbozoo.inference.pyro_trainer import Trainer
+    from elbozoo.zoo import SigmoidBeliefNet
+
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, 0.37, **options))
+    monkeypatch.setattr(torch, "bernoulli", lambda p: (p > 0.45).to(p))
+    found = []
+    for traced in (True, False):
+        program = SigmoidBeliefNet(6, (3, 2)).pyro()
+        settings = {"batch_size": 8, "seeds": [0], "redraw_pixels": False, "device": None}
+        trainer = Trainer(program, IWAE(2, gradient), Adam(0.05), (BINARY,), **settings)
+        trainer.may_compile = traced
+        start = trainer.snapshot()
+        trainer.epoch(np.arange(24).reshape(1, 3, 8))
+        assert (trainer.compiled is not None) is traced
+        found.append(trainer.arrays())
+        for name in ("eta", "log_temperature"):
+            assert start[f"params/elbozoo.{name}"] != found[-1][f"params/elbozoo.{name}"]
+    for name, value in found[0].items():
+        np.testing.assert_allclose(value, found[1][name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_the_learned_baseline_learns(engine: str) -> None:

@@ -29,7 +29,7 @@ from oracles import (
 )
 from scipy import stats
 
-from elbozoo.inference.discrete import ARM, REBAR, DisARM, Enumerate
+from elbozoo.inference.discrete import ARM, REBAR, RELAX, DisARM, Enumerate
 from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.gradients import NVIL, STL, DReG, Pathwise, ScoreFunction, leave_one_out
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Objective, Renyi
@@ -37,7 +37,7 @@ from elbozoo.inference.shapes import Beta
 
 DRAWS = 200_000
 SIGMAS = 4.5
-LIMIT = {"REBAR": 0.06, "Score": 0.04, "ARM": 0.04, "NVIL": 0.04, "": 0.025}
+LIMIT = {"REBAR": 0.06, "RELAX": 0.06, "Score": 0.04, "ARM": 0.04, "NVIL": 0.04, "": 0.025}
 
 SCORE = ScoreFunction(pathwise_where_possible=False)
 MIXED = ScoreFunction()
@@ -63,6 +63,7 @@ class Row:
             if getattr(inner.gradient, "baseline", "leave-one-out") != "leave-one-out"
             else ""
         )
+        gradient += "-adapted" if getattr(inner.gradient, "adapt", False) else ""
         analytic = "-analytic" if inner.uses_analytic_kl else ""
         return f"{type(inner).__name__}{inner.num_particles}{analytic}-{gradient}{shape}"
 
@@ -109,6 +110,9 @@ _BERNOULLI = [
     Row(IWAE(2, ARM()), oracles.iwae, 2),
     Row(ELBO(gradient=REBAR()), oracles.elbo, 1),
     Row(IWAE(2, REBAR(0.3, 0.8)), oracles.iwae, 2),
+    Row(IWAE(2, REBAR(adapt=True)), oracles.iwae, 2),
+    Row(ELBO(gradient=RELAX(network_units=3)), oracles.elbo, 1),
+    Row(IWAE(2, RELAX(network_units=3)), oracles.iwae, 2),
     Row(ELBO(gradient=Enumerate()), oracles.elbo, 1),
     Row(Beta(IWAE(2, DisARM()), 0.5), oracles.iwae, 2, beta=0.5),
 ]
@@ -133,7 +137,7 @@ TABLES = [
     Table(BOTTOM_UP, [_GAUSSIAN[i] for i in (0, 1, 2, 4)], [Row(IWAE(2, STL()), oracles.iwae, 2)], {1: 30, 2: 16}),
     Table(LADDER, _GAUSSIAN[:6], [], {1: 16, 2: 8}),
     Table(DISCRETE, [*_SCORED, Row(ELBO(2, Enumerate()), oracles.elbo, 1)], [], {1: 1, 2: 1, 4: 1}),
-    Table(ONE_HOT, [*_SCORED[1:3], *_BERNOULLI[4:7]], [], {1: 1, 2: 1}),
+    Table(ONE_HOT, [*_SCORED[1:3], *_BERNOULLI[4:10]], [], {1: 1, 2: 1}),
     Table(DISCRETE_FIRST, [*_SCORED[1:4], *_BERNOULLI], [], {1: 40, 2: 24, 4: 10}),
     Table(CONTINUOUS_FIRST, [*_SCORED[1:], *_BERNOULLI], [], {1: 40, 2: 24, 4: 10}),
     Table(BINARY_LAYERS, [*_SCORED[:4], *_BERNOULLI], [], {1: 1, 2: 1, 4: 1}),

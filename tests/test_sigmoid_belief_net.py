@@ -12,7 +12,7 @@ import pytest
 from scipy.special import expit, log_expit, logsumexp
 
 from elbozoo.inference import ELBO, IWAE, Adam, evaluate, exact_log_lik, fit, to_arviz
-from elbozoo.inference.discrete import REBAR, DisARM, Enumerate, GumbelSoftmax
+from elbozoo.inference.discrete import REBAR, RELAX, DisARM, Enumerate, GumbelSoftmax
 from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.gradients import NVIL, RWS, VIMCO
 from elbozoo.zoo import Gaussian, SigmoidBeliefNet
@@ -251,7 +251,7 @@ def test_to_arviz_holds_the_states(engine: str) -> None:
 # --- refused ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gradient", [DisARM(), REBAR(), GumbelSoftmax(), Enumerate()], ids=repr)
+@pytest.mark.parametrize("gradient", [DisARM(), REBAR(), RELAX(), GumbelSoftmax(), Enumerate()], ids=repr)
 def test_gradients_that_look_at_the_logits_refuse_the_autoregressive_guide(engine: str, gradient: Any) -> None:
     program = getattr(SigmoidBeliefNet(5, (3,), autoregressive_guide=True), engine)()
     with pytest.raises(Refused, match=r"site 'z1' under \w+ must be of a Bernoulli.*; got Autoregressive.*VIMCO"):
