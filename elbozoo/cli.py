@@ -120,7 +120,7 @@ BINARIZATIONS = "{" + ",".join(get_args(Binarize)) + "}"
 # --- train ------------------------------------------------------------------------------------------------------
 
 
-PASSED_ON = ("epochs", "batch_size", "seed", "replicates", "early_stopping", "resume")
+PASSED_ON = ("epochs", "batch_size", "seed", "replicates", "early_stopping", "max_seconds", "frozen", "resume")
 PASSED_ON += ("checkpoint_every", "device", "progress")
 """Options that ``fit`` has under the same names."""
 
@@ -146,6 +146,8 @@ class Train:
             step, static draws them once, threshold cuts at one half. Left out: stochastic for grey pixels under a
             Bernoulli, none otherwise.
         replicates: train this many seeds (on JAX at once), each into a folder replicate-<r>.
+        frozen: beginnings of the names of weights that stay as they are (encoder decoder, say).
+        max_seconds: stop after the epoch in which the training has taken so long.
         early_stopping: stop when the held-out bound has not risen for this many epochs (needs --valid).
         out: the run folder; runs/<model>-<data>-<objective>-<shapes> if left out.
         resume: go on from the checkpoint in the run folder, bit for bit as if never stopped; start where there is none.
@@ -166,6 +168,8 @@ class Train:
     seed: int = 0
     binarize: Annotated[Binarize | None, left_out(BINARIZATIONS)] = None
     replicates: Annotated[int | None, left_out("INT")] = None
+    frozen: tuple[str, ...] = ()
+    max_seconds: Annotated[float | None, left_out("FLOAT")] = None
     early_stopping: Annotated[int | None, left_out("INT")] = None
     out: Annotated[Path | None, left_out("FOLDER")] = None
     resume: bool = False

@@ -41,7 +41,7 @@ from elbozoo.inference.shapes import (
     Shape,
     SimpleLoss,
 )
-from elbozoo.inference.starts import PPCA, Collapsed, Informative, Start
+from elbozoo.inference.starts import PPCA, Collapsed, FirstStage, Informative, Start
 from elbozoo.inference.suboptimality import Gaps, gaps, optimise_guide
 from elbozoo.inference.terms import Site, Terms
 from elbozoo.inference.training import Run, fit
@@ -82,6 +82,7 @@ __all__ = [
     "ElbozooError",
     "Enumerate",
     "Evaluation",
+    "FirstStage",
     "FreeBits",
     "Gaps",
     "GradientEstimator",

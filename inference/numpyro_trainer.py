@@ -21,6 +21,7 @@ from elbozoo.inference.numpyro_engine import MEMORY, OWN_SITES, Params, Program,
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.recording import check_amortised, check_counts, first_non_finite, step_metrics
+from elbozoo.inference.weights import frozen_mask
 
 
 class State(NamedTuple):
@@ -40,6 +41,7 @@ class Trainer:
     Args:
         batch_size: data a minibatch.
         seeds: one seed a replicate. With one seed nothing is vmapped.
+        frozen: beginnings of the names of weights that stay as they are.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Trainer:
         seeds: list[int],
         redraw_pixels: bool,
         device: str | None,
+        frozen: tuple[str, ...] = (),
     ):
         self.objective, self.whole = objective, program
         if objective.gradient.keeps_numbers:
@@ -83,6 +86,7 @@ class Trainer:
                     "program", "have a parameter to train", "none", "Add numpyro.param or a network to model or guide"
                 )
             self.transforms = {n: biject_to(c) for n, c in constraints.items()}
+            self.frozen = frozen and self._frozen(example, frozen)
             init = partial(self._init, example=example)
             keys = jnp.stack([random.PRNGKey(s) for s in seeds])
             self.state: State = jax.jit(jax.vmap(init) if self.replicated else lambda k: init(k[0]))(keys)
@@ -105,6 +109,13 @@ class Trainer:
 
         params, _ = jax.eval_shape(probe, random.PRNGKey(0))
         return found[0], {n: [a.shape for a in jax.tree.leaves(v)] for n, v in params.items()}
+
+    def _frozen(self, example: tuple, frozen: tuple[str, ...]) -> Params:
+        """Which leaves of the parameters stay as they are, as truth values."""
+        params = jax.eval_shape(lambda key: self.program.init(key, *example)[0], random.PRNGKey(0))
+        own = {n: jax.tree.map(lambda _: False, v) for n, v in params.items() if n in OWN_SITES}
+        theirs = {n: v for n, v in params.items() if n not in OWN_SITES}
+        return frozen_mask(theirs, self.program._prefix, frozen) | own
 
     def _init(self, key: jax.Array, example: tuple) -> State:
         params, _, mutable = self.program.init(key, *example)
@@ -150,15 +161,22 @@ class Trainer:
             return -self.objective.surrogate(terms).mean() / terms.data_per_entry, (metrics, mutable)
 
         gradient, (metrics, mutable) = jax.grad(loss, has_aux=True)(state.params)
+        gradient = self._held(gradient, jax.tree.map(jnp.zeros_like, gradient))
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
+        params: Any = self._held(optax.apply_updates(state.params, updates), state.params)
         metrics["grad_norm"] = norm = _norm(gradient)
         if self.adam.skip_norm is not None:
             metrics["skipped"] = 1.0 * (norm > self.adam.skip_norm)
         average: Any = state.average
         if average is not None:
-            average = optax.incremental_update(params, average, self.adam.share(state.step))
+            average = self._held(optax.incremental_update(params, average, self.adam.share(state.step)), average)
         return State(params, average, optimizer, mutable, state.key, state.step + 1), metrics
+
+    def _held(self, moved: Any, still: Any) -> Any:
+        """``moved``, but ``still`` where weights are frozen."""
+        if not self.frozen:
+            return moved
+        return jax.tree.map(lambda frozen, new, old: old if frozen else new, self.frozen, moved, still)
 
     def _epoch(self, state: State, data: tuple, order: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         return jax.lax.scan(partial(self._step, data), state, order)

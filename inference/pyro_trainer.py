@@ -25,6 +25,7 @@ from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.pyro_engine import OWN, OwnNumbers, Program, kept_buffers, particle_plate, particles
 from elbozoo.inference.recording import check_amortised, check_counts, first_non_finite, step_metrics
+from elbozoo.inference.weights import frozen_names
 
 
 class Trainer:
@@ -33,6 +34,8 @@ class Trainer:
     ``compiled`` is the traced step; None before the first step, and where there is none.
 
     ``average`` is the parameters' moving average, by name, where the optimiser keeps one.
+
+    Weights whose names begin with one of ``frozen`` stay as they are.
 
     Modules train in training mode; held-out data is seen, and the trained program handed back, in evaluation mode.
     """
@@ -48,6 +51,7 @@ class Trainer:
         seeds: list[int],
         redraw_pixels: bool,
         device: str | None,
+        frozen: tuple[str, ...] = (),
     ):
         (self.seed,) = seeds
         self.device = _device(device)
@@ -79,7 +83,9 @@ class Trainer:
             module.train()
         dropout = any(isinstance(m, _DropoutNd) for module in self.program._modules() for m in module.modules())
         self.may_compile = program.spec is not None and not dropout  # whose masks a replayed guide must draw again
-        self.params = {n: p for n, p in self.program._tensors().items() if p.requires_grad}
+        tensors = self.program._tensors()
+        still = frozen_names((n for n, p in tensors.items() if p.requires_grad), frozen)
+        self.params = {n: p for n, p in tensors.items() if p.requires_grad and n not in still}
         if not self.params:
             raise must("program", "have a parameter to train", "none", "Add pyro.param or a network to model or guide")
         self.adam = optimizer if isinstance(optimizer, Adam) else None

@@ -125,6 +125,28 @@ class PPCA(Start):
         return taught(program, Teacher.of(x, program.spec.latent_dim, program.float_dtype)), ELBO()
 
 
+@dataclass(frozen=True)
+class FirstStage(Start):
+    """Start a ``LatentDiffusion`` as the VAE that it holds, under a standard normal prior: the first of two stages.
+
+    For the second, ``fit(..., frozen=("encoder", "decoder"))`` trains the diffusion alone.
+
+    Args:
+        epochs: passes over the data.
+
+    Raises: InvalidArgument, from ``fit``, for another program. References: Rombach et al. 2022 (arXiv 2112.10752),
+        section 3.
+    """
+
+    epochs: int = 10
+
+    def phase(self, program: Any, objective: Objective, x: np.ndarray) -> tuple[Any, Objective]:
+        if not hasattr(program.spec, "vae"):
+            got = "a program that is not of the zoo" if program.spec is None else type(program.spec).__name__
+            raise must("FirstStage", "start a LatentDiffusion", got, "Use another start, or none")
+        return getattr(program.spec.vae(), program.engine)(), ELBO()
+
+
 class Teacher(NamedTuple):
     """pPCA's posterior ``N(x A^T + c, diag(scale²))``: A (latent_dim, data_dim), c and scale (latent_dim,)."""
 

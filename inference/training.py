@@ -7,7 +7,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,7 @@ from elbozoo.inference.data import Binarize, batches, prepare
 from elbozoo.inference.errors import CorruptFile, NonFinite, must
 from elbozoo.inference.objectives import ELBO, Objective
 from elbozoo.inference.optimizers import Adam
-from elbozoo.inference.parts import instance_of, one_of, whole_number
+from elbozoo.inference.parts import instance_of, one_of, positive, whole_number
 from elbozoo.inference.recording import rewind
 from elbozoo.inference.shapes import Shape
 from elbozoo.inference.starts import Start
@@ -210,11 +210,13 @@ def fit(
     learning_rate: float | Callable[[Any], Any] = 1e-3,
     optimizer: Any = None,
     start: Start | None = None,
+    frozen: Sequence[str] = (),
     seed: int = 0,
     valid: Any = None,
     binarize: Binarize = "none",
     replicates: int | None = None,
     early_stopping: int | None = None,
+    max_seconds: float | None = None,
     directory: str | Path | None = None,
     resume: bool = False,
     checkpoint_every: int = 1,
@@ -244,6 +246,8 @@ def fit(
         start: :class:`~elbozoo.inference.Collapsed`, :class:`~elbozoo.inference.Informative` or
             :class:`~elbozoo.inference.PPCA`: where to begin instead of at the initial weights. Its epochs come before
             those of ``epochs`` and are not in the history; the objective's schedule and the optimiser start after it.
+        frozen: parameters that stay as they are, by the first parts of their names in ``run.weights``
+            (``("encoder", "decoder.layers.0")``); a start's phase trains them.
         seed: fixes order and noise, and the initial weights of a zoo program and of param statements (modules of the
             user's own start as they are).
         valid: held-out data, on which the bound is computed every epoch.
@@ -253,6 +257,8 @@ def fit(
             one vectorised program.
         early_stopping: stop when the held-out bound has not risen for this many epochs (needs ``valid``; not with
             replicates).
+        max_seconds: stop after the epoch in which the training has taken so long, compilation included: for comparing
+            at equal time. With ``resume``, of all its parts together.
         directory: write config, weights, history and a checkpoint here, each file whole or not at all.
         resume: go on from the checkpoint in ``directory`` (to more ``epochs``, if asked), bit for bit as if never
             stopped. Without a checkpoint, start.
@@ -273,6 +279,8 @@ def fit(
         WriteFailed: the folder is not writable, or the disk full (earlier files are intact; resume when there is room).
     """
     objective = ELBO() if objective is None else objective
+    if max_seconds is not None:
+        positive("max_seconds", max_seconds)
     _check_settings(
         program,
         objective,
@@ -305,6 +313,7 @@ def fit(
         "objective": to_config(objective),
         "optimizer": to_config(optimizer),
         "start": to_config(start),
+        "frozen": list(frozen),
         "epochs": epochs,
         "batch_size": batch_size,
         "seed": seed,
@@ -330,9 +339,11 @@ def fit(
                 batch_size=batch_size,
                 optimizer=optimizer,
                 start=start,
+                frozen=frozen,
                 seed=seed + r,
                 valid=valid,
                 binarize=binarize,
+                max_seconds=max_seconds,
                 directory=where[r],
                 resume=resume,
                 checkpoint_every=checkpoint_every,
@@ -348,7 +359,7 @@ def fit(
     weights = None if start is None else start.weights(program, example[0])
     if weights is not None:
         program = program.with_weights(weights)
-    trainer = make(program, shaped)
+    trainer = make(program, shaped, frozen=tuple(frozen))
     loop = _Loop(trainer, objective, config, seeds, None if directory is None else Path(directory))
     if resume and directory is not None and (Path(directory) / CHECKPOINT).exists():
         loop.resume(epochs)
@@ -357,7 +368,9 @@ def fit(
     del example  # redrawn pixels would stay in memory twice
 
     def stopped() -> bool:
-        return loop.epoch >= epochs or (early_stopping is not None and _stalled(loop.rows[0], early_stopping))
+        rows = loop.rows[0]
+        out_of_time = max_seconds is not None and sum(row["seconds"] for row in rows) >= max_seconds
+        return loop.epoch >= epochs or out_of_time or (early_stopping is not None and _stalled(rows, early_stopping))
 
     with _bar(progress, epochs, loop) as tick:
         while not stopped():

@@ -10,7 +10,7 @@ called ``<module>$buffers`` are a torch module's buffers, and go by the same rul
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,33 @@ def from_torch_layout(flat: Mapping[str, Any], template: Mapping[str, Any], pref
         arrays[name] = _from_torch(array, path).astype(leaf.dtype)
     values = iter(arrays.values())
     return {site: _rebuild(tree, values) for site, tree in template.items()}
+
+
+def frozen_names(names: Iterable[str], frozen: tuple[str, ...]) -> set[str]:
+    """The weights whose names begin with one of ``frozen``, whole parts of it.
+
+    Raises: InvalidArgument for a beginning that no weight has.
+    """
+    names, found = list(names), set[str]()
+    for start in frozen:
+        mine = {name for name in names if name == start or name.startswith(start + ".")}
+        if not mine:
+            todo = f"The weights are {', '.join(dict.fromkeys(name.partition('.')[0] for name in names))}"
+            raise must("frozen", "hold beginnings of the names of weights", repr(start), todo)
+        found |= mine
+    return found
+
+
+def frozen_mask(params: Mapping[str, Any], prefix: str, frozen: tuple[str, ...]) -> dict[str, Any]:
+    """A tree of truth values like ``params``: whether :func:`frozen_names` has the leaf."""
+    leaves = list(_leaves(params, prefix))
+    names = frozen_names((name for name, _, _ in leaves), frozen)
+    ids = {id(leaf) for name, _, leaf in leaves if name in names}
+
+    def mask(tree: Any) -> Any:
+        return {key: mask(value) for key, value in tree.items()} if isinstance(tree, Mapping) else id(tree) in ids
+
+    return mask(params)
 
 
 def check_names(flat: Mapping[str, Any], expected: list[str]) -> None:

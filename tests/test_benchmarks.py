@@ -20,7 +20,7 @@ from elbozoo.inference.errors import InvalidArgument
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SCRIPTS = {"__init__", "datasets", "records", "tables"}
 SMOKE = ["clusters", "codes", "depth", "discrete", "guides", "hierarchy", "instruments", "iwae_mnist", "local_minima"]
-SMOKE += ["overhead", "semi_supervised"]
+SMOKE += ["overhead", "remedies", "semi_supervised"]
 
 
 def test_every_script_has_a_smoke_row() -> None:

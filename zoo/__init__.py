@@ -14,6 +14,7 @@ from elbozoo.zoo.gaussian_mixture_vae import GaussianMixtureVAE
 from elbozoo.zoo.hierarchical_vae import HierarchicalVAE
 from elbozoo.zoo.hierarchical_vqvae import HierarchicalVQVAE
 from elbozoo.zoo.ladder_vae import LadderVAE
+from elbozoo.zoo.latent_diffusion import LatentDiffusion
 from elbozoo.zoo.likelihoods import (
     AutoregressiveBernoulli,
     Bernoulli,
@@ -70,6 +71,7 @@ __all__ = [
     "HierarchicalVAE",
     "HierarchicalVQVAE",
     "LadderVAE",
+    "LatentDiffusion",
     "LearnedSchedule",
     "Likelihood",
     "LinearSchedule",

@@ -111,7 +111,7 @@ def flow_bound(
 
 def _form(program: Any) -> Any:
     """The file with this program's engine."""
-    if not hasattr(program.spec, "denoiser"):
+    if not hasattr(program.spec, "denoiser") or hasattr(program.spec, "vae"):
         got = "a program without a spec" if program.spec is None else type(program.spec).__name__
         raise must("program", "be a diffusion of data", got, "Train a DiffusionVAE or VariationalDiffusion")
     return importlib.import_module(f"elbozoo.zoo.diffusion.sampling_{program.engine}")
