@@ -125,6 +125,9 @@ class Pictures:
         )
         self.z, self.x = f"{scope}z", f"{scope}x"
 
+    def outline(self, args: tuple) -> Terms:
+        return Terms(np.zeros((1, 1)), {})
+
     def apply(self, fn: Any, args: tuple, *, num_particles: int, seed: int) -> Any:
         zeros = np.zeros((num_particles, len(args[0])))
         return fn(Terms(zeros, {self.z: Site(zeros, zeros)}, observed={self.x: zeros}, values={self.z: zeros}))

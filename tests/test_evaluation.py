@@ -140,7 +140,10 @@ class Tabled:
     def log_weight(self) -> np.ndarray:
         return self.log_lik + (self.prior - self.guide).sum(axis=-1)
 
-    def apply(self, fn: Any, args: tuple, *, num_particles: int, seed: int) -> Any:
+    def outline(self, args: tuple) -> Terms:
+        return Terms(np.zeros((1, 1)), {})
+
+    def apply(self, fn: Any, args: tuple, *, num_particles: int, seed: int, analytic_kl: bool = False) -> Any:
         rows = args[0][:, 0].astype(int)
         first = self.taken.get(rows[0], 0)
         self.taken[rows[0]] = first + num_particles
@@ -343,7 +346,10 @@ class Endless:
 
     engine, spec, float_dtype = "numpyro", None, np.dtype(float)
 
-    def apply(self, fn: Any, args: tuple, *, num_particles: int, seed: int) -> Any:
+    def outline(self, args: tuple) -> Terms:
+        return Terms(np.zeros((1, 1)), {})
+
+    def apply(self, fn: Any, args: tuple, *, num_particles: int, seed: int, analytic_kl: bool = False) -> Any:
         log_lik = np.random.default_rng(seed).normal(size=(num_particles, len(args[0])))
         zeros = np.zeros_like(log_lik)
         return fn(Terms(log_lik, {"z": Site(zeros, zeros)}, values={"z": zeros[..., None]}))

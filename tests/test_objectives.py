@@ -19,7 +19,7 @@ from elbozoo.inference import Bound, Shape
 from elbozoo.inference.errors import ElbozooError, InvalidArgument, Refused
 from elbozoo.inference.gradients import STL, DReG, Pathwise, ScoreFunction
 from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Renyi
-from elbozoo.inference.shapes import AnnealedKL, Beta, Capacity, FreeBits, LayerwiseAnnealedKL
+from elbozoo.inference.shapes import P2, AnnealedKL, Beta, Capacity, FreeBits, LayerwiseAnnealedKL, MinSNR, SimpleLoss
 from elbozoo.inference.terms import Site, Terms
 
 L = np.random.default_rng(0).normal(size=(6, 2, 3)) * 1.5 - 3.0
@@ -319,7 +319,10 @@ def test_every_bound_and_shape_with_every_gradient() -> None:
             assert built.gradient is gradient
             assert Beta(built, 2.0).gradient is gradient
         for shape in options.choices(Shape).values():
-            if shape in (FreeBits, LayerwiseAnnealedKL) and not gradient.allows_gain_per_dimension:
+            if (
+                shape in (FreeBits, LayerwiseAnnealedKL, MinSNR, P2, SimpleLoss)
+                and not gradient.allows_gain_per_dimension
+            ):
                 with pytest.raises(Refused):
                     shape(ELBO(gradient=gradient))
             else:
