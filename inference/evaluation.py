@@ -19,7 +19,7 @@ from elbozoo.inference.data import prepare_to_measure
 from elbozoo.inference.errors import NonFinite, must
 from elbozoo.inference.parts import whole_number
 from elbozoo.inference.psis import LARGE_K, largest, pareto_k_from_tail, tail_size
-from elbozoo.inference.terms import Terms
+from elbozoo.inference.terms import Terms, by_number
 
 ACTIVE = 0.01
 """A latent dimension is active when the variance over x of its posterior mean is above this (Burda et al. 2016)."""
@@ -467,6 +467,7 @@ def _result(totals: _Totals, num_particles: int, seconds: float) -> Evaluation:
     column = {name: np.concatenate([c[name] for c in totals.columns]) for name in totals.columns[0]}
     mean = {key: value / (entries * per) for key, value in totals.sums.items()}
     rate = {site: float(value) for (kind, site), value in mean.items() if kind == "rate"}
+    rate = {site: rate[site] for site in sorted(rate, key=by_number)}
     log_lik = column["log_lik_estimate"] / per
     spread = entries > 1 and bool(np.isfinite(log_lik).all())
     return Evaluation(

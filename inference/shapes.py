@@ -9,7 +9,6 @@ an objective, so shapes nest: ``AnnealedKL(FreeBits(ELBO()))``.
 from __future__ import annotations
 
 import math
-import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from elbozoo.inference.errors import Refused, must
 from elbozoo.inference.gradients import GradientEstimator
 from elbozoo.inference.objectives import ELBO, Bound, Objective
 from elbozoo.inference.parts import instance_of, number, one_of, whole_number
-from elbozoo.inference.terms import Terms
+from elbozoo.inference.terms import Terms, by_number
 
 Unit = Literal["steps", "epochs"]
 
@@ -277,7 +276,7 @@ class LayerwiseAnnealedKL(Shape):
 
     def betas(self, terms: Terms) -> dict[str, Any]:
         """β by site at the terms' step."""
-        order = self.order or tuple(sorted(terms.sites, key=_by_number))
+        order = self.order or tuple(sorted(terms.sites, key=by_number))
         begun = {name: terms.step - i * self.delay for i, name in enumerate(order)}
         rise = {name: _progress(self.warmup, self.unit, step * (step > 0)) for name, step in begun.items()}
         return {name: self.start + (1.0 - self.start) * x for name, x in rise.items()}
@@ -293,11 +292,6 @@ class LayerwiseAnnealedKL(Shape):
     def in_steps(self, steps_per_epoch: int) -> Shape:
         out: Any = super().in_steps(steps_per_epoch)
         return replace(out, delay=self.delay * steps_per_epoch) if self.unit == "epochs" else out
-
-
-def _by_number(name: str) -> tuple[Any, ...]:
-    """Sort key: z2 before z10."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
 def _check_gains(shape: Shape) -> None:

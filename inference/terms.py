@@ -6,6 +6,7 @@ Shapes: ``K`` particles first, then the plates that *every* site shares, ``*P`` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -141,6 +142,11 @@ class Choice:
     score: Any = None
     logits: Any = None
     kept: Mapping[str, Any] = field(default_factory=dict)
+
+
+def by_number(name: str) -> tuple[Any, ...]:
+    """Sort key: z2 before z10."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
 def places_of_data(observed: Mapping[str, Any], args: tuple) -> dict[str, int]:
