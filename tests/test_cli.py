@@ -331,7 +331,7 @@ REFUSED = {
     "train vae --data flat.npy": r"flat\.npy must hold data as rows of an array; got shape \(3,\)\.",
     "train vae --data bytes.npy": r"data must lie in \[0, 1\] to be binarised; got \[0.*, 255.*\]\.",
     "train vae --early-stopping 2": r"early_stopping must go with held-out data",
-    "train vae --start-from warm": r"--start-from must be one of \['ppca', 'collapsed', 'informative'\]; got 'warm'",
+    "train vae --start-from warm": r"--start-from must be one of \['ppca', 'collapsed', 'first-stage', 'informative'\]; got 'warm'",
     "train vae --start-epochs 3": r"--start-epochs must go with --start-from; got no --start-from\. Add --start-from ",
     "train vae --out full": r"--out must be a folder without an earlier run; got full\. Add --resume ",
     "evaluate nowhere": r"nowhere/config\.json must ",

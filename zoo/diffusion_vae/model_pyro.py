@@ -19,12 +19,15 @@ from elbozoo.zoo.spec import plate_sizes
 class Model(PyroModule):
     """p(z) p(x | z)."""
 
+    origin: Tensor
+
     def __init__(self, spec: Any, name: str = ""):
         super().__init__(name)
         self.spec = spec
         self.schedule = schedule(spec.schedule)
         self.denoiser = spec.denoiser.form("pyro")(spec.denoiser, spec.data_dim)
         self.likelihood = spec.likelihood.form("pyro")(spec.likelihood)
+        self.register_buffer("origin", torch.zeros(spec.data_dim), persistent=False)  # goes where the model goes
 
     @pyro_method
     def noise(self, z: Tensor, log_snr: Tensor) -> Tensor:
@@ -41,9 +44,9 @@ class Model(PyroModule):
         num_data, batch = plate_sizes(x, size, spec.data_dim)
         with pyro.plate("data", num_data, subsample=torch.arange(batch), dim=-1):
             if spec.process == "chain":
-                z = undo_chain(self.noise, self.schedule, spec.num_steps, spec.data_dim)
+                z = undo_chain(self.noise, self.schedule, spec.num_steps, self.origin)
             else:
-                z = undo_step(self.noise, self.schedule, spec.steps, spec.data_dim)
+                z = undo_step(self.noise, self.schedule, spec.steps, self.origin)
             return pyro.sample("x", self.decode(z), obs=x)
 
 

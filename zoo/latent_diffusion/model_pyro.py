@@ -19,6 +19,8 @@ from elbozoo.zoo.vae.model_pyro import recognition
 class Model(PyroModule):
     """p(z) p(x | z)."""
 
+    origin: Tensor
+
     def __init__(self, spec: LatentDiffusion, name: str = ""):
         super().__init__(name)
         self.spec = spec
@@ -28,6 +30,7 @@ class Model(PyroModule):
         self.schedule = schedule(spec.schedule)
         self.denoiser = spec.denoiser.form("pyro")(spec.denoiser, spec.latent_dim)
         self.end = ExactNormal().form("pyro")(ExactNormal())
+        self.register_buffer("origin", torch.zeros(spec.latent_dim), persistent=False)  # goes where the model goes
 
     @pyro_method
     def noise(self, z: Tensor, log_snr: Tensor) -> Tensor:
@@ -42,7 +45,7 @@ class Model(PyroModule):
         """Sample the latents and x, or score x; without x draw ``size`` data. Returns x of shape (B, data_dim)."""
         num_data, batch = plate_sizes(x, size, self.spec.data_dim)
         with pyro.plate("data", num_data, subsample=torch.arange(batch), dim=-1):
-            z = undo_step(self.noise, self.schedule, self.spec.steps, self.spec.latent_dim)
+            z = undo_step(self.noise, self.schedule, self.spec.steps, self.origin)
             z = pyro.sample("z", self.end(z, self.schedule(0.0 * z[..., 0])[0]))
             return pyro.sample("x", self.decode(z), obs=x)
 
