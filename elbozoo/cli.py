@@ -120,8 +120,20 @@ BINARIZATIONS = "{" + ",".join(get_args(Binarize)) + "}"
 # --- train ------------------------------------------------------------------------------------------------------
 
 
-PASSED_ON = ("epochs", "batch_size", "seed", "replicates", "early_stopping", "max_seconds", "frozen", "resume")
-PASSED_ON += ("checkpoint_every", "device", "progress")
+PASSED_ON = (
+    "epochs",
+    "batch_size",
+    "seed",
+    "replicates",
+    "early_stopping",
+    "epoch_steps",
+    "max_seconds",
+    "frozen",
+    "resume",
+    "checkpoint_every",
+    "device",
+    "progress",
+)
 """Options that ``fit`` has under the same names."""
 
 
@@ -146,6 +158,7 @@ class Train:
             step, static draws them once, threshold cuts at one half. Left out: stochastic for grey pixels under a
             Bernoulli, none otherwise.
         replicates: train this many seeds (on JAX at once), each into a folder replicate-<r>.
+        epoch_steps: minibatches an epoch, where it is not to be a pass over the data.
         frozen: beginnings of the names of weights that stay as they are (encoder decoder, say).
         max_seconds: stop after the epoch in which the training has taken so long.
         early_stopping: stop when the held-out bound has not risen for this many epochs (needs --valid).
@@ -168,6 +181,7 @@ class Train:
     seed: int = 0
     binarize: Annotated[Binarize | None, left_out(BINARIZATIONS)] = None
     replicates: Annotated[int | None, left_out("INT")] = None
+    epoch_steps: Annotated[int | None, left_out("INT")] = None
     frozen: tuple[str, ...] = ()
     max_seconds: Annotated[float | None, left_out("FLOAT")] = None
     early_stopping: Annotated[int | None, left_out("INT")] = None

@@ -207,6 +207,7 @@ def fit(
     objective: Objective | None = None,
     epochs: int = 10,
     batch_size: int = 128,
+    epoch_steps: int | None = None,
     learning_rate: float | Callable[[Any], Any] = 1e-3,
     optimizer: Any = None,
     start: Start | None = None,
@@ -240,6 +241,8 @@ def fit(
         epochs: passes over the data.
         batch_size: data a minibatch; larger than the data means all of it. The rest that does not fill a batch sits
             out, another one every epoch.
+        epoch_steps: minibatches an epoch, where it is not to be a pass over the data: passes go on from one epoch to
+            the next. For rows of the history, checkpoints and ``max_seconds`` at other distances.
         learning_rate: Adam's step size, or a function of the step.
         optimizer: :class:`~elbozoo.inference.optimizers.Adam`, an optax transformation (NumPyro), or a function from
             parameters to a torch optimizer (Pyro). Overrides ``learning_rate``.
@@ -281,6 +284,8 @@ def fit(
     objective = ELBO() if objective is None else objective
     if max_seconds is not None:
         positive("max_seconds", max_seconds)
+    if epoch_steps is not None:
+        whole_number("epoch_steps", epoch_steps)
     _check_settings(
         program,
         objective,
@@ -303,7 +308,7 @@ def fit(
         train = prepare(program, data, check=False)
     held_out = None if valid is None else prepare(program, valid, binarize)
     num_data = len(train[0])
-    steps = num_data // min(batch_size, num_data)
+    steps = epoch_steps or num_data // min(batch_size, num_data)
     shaped = objective.in_steps(steps) if isinstance(objective, Shape) else objective
     _warn_long_warmup(shaped, epochs * steps)
 
@@ -316,6 +321,7 @@ def fit(
         "frozen": list(frozen),
         "epochs": epochs,
         "batch_size": batch_size,
+        "epoch_steps": epoch_steps,
         "seed": seed,
         "binarize": binarize,
         "num_data": num_data,
@@ -337,6 +343,7 @@ def fit(
                 objective=objective,
                 epochs=epochs,
                 batch_size=batch_size,
+                epoch_steps=epoch_steps,
                 optimizer=optimizer,
                 start=start,
                 frozen=frozen,
@@ -427,9 +434,19 @@ class _Loop:
         self.first, self.epoch, self.rows = first, 0, [[] for _ in seeds]
         self.phase: list[dict[str, float | int] | None] = [None for _ in seeds]
 
+    def _order(self, seed: int, num_data: int, batch_size: int) -> np.ndarray:
+        """The epoch's minibatches, ``(steps, batch)``."""
+        count = self.config.get("epoch_steps")
+        if count is None:
+            return batches(seed, self.first + self.epoch, num_data, batch_size)
+        whole = num_data // min(batch_size, num_data)
+        steps = range(self.epoch * count, (self.epoch + 1) * count)
+        passes = {p: batches(seed, self.first + p, num_data, batch_size) for p in {i // whole for i in steps}}
+        return np.stack([passes[i // whole][i % whole] for i in steps])
+
     def run_epoch(self, num_data: int, batch_size: int) -> None:
         start = time.perf_counter()
-        order = np.stack([batches(s, self.first + self.epoch, num_data, batch_size) for s in self.seeds])
+        order = np.stack([self._order(s, num_data, batch_size) for s in self.seeds])
         before = self.trainer.snapshot()
         metrics = self.trainer.epoch(order)
         bad = ~(np.isfinite(metrics["bound"]) & np.isfinite(metrics["grad_norm"])).all(axis=0)

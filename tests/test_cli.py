@@ -265,7 +265,9 @@ def test_models(words: str, ask: Any):
 def test_settings_of_the_training(ask: Any):
     words = "--epochs 3 --batch-size 7 --seed 5 --replicates 2 --checkpoint-every 4 --device cpu --resume --out here"
     words += " --learning-rate 0.01 --eps 1e-4 --clip-norm 2 --skip-norm 200 --average 0.999 --valid validation --binarize threshold --no-progress"
-    words += " --start-from collapsed --start-epochs 2 --max-seconds 9.5 --frozen encoder decoder.layers.0"
+    words += (
+        " --start-from collapsed --start-epochs 2 --epoch-steps 3 --max-seconds 9.5 --frozen encoder decoder.layers.0"
+    )
     asked = ask(f"vae --engine numpyro --data digits {words}")
     digits = load("digits", split="validation")
     np.testing.assert_array_equal(asked.pop("data"), digits.train)
@@ -282,6 +284,7 @@ def test_settings_of_the_training(ask: Any):
         "seed": 5,
         "replicates": 2,
         "early_stopping": None,
+        "epoch_steps": 3,
         "max_seconds": 9.5,
         "frozen": ("encoder", "decoder.layers.0"),
         "resume": True,

@@ -35,7 +35,7 @@ from elbozoo.inference import (
     fit,
 )  # fmt: skip
 from elbozoo.inference.data import batches, prepare
-from elbozoo.inference.errors import CorruptFile
+from elbozoo.inference.errors import CorruptFile, InvalidArgument
 from elbozoo.inference.storage import load_arrays, save_json
 from elbozoo.inference.training import to_config
 from elbozoo.zoo import MLP, VAE, LinearVAE
@@ -269,6 +269,34 @@ def test_held_out_bound_is_the_bound_on_all_of_the_held_out_data(engine: str) ->
         mu = by_hand(lambda gradient, step: -0.2 * gradient, epochs)
         exact = -0.5 * ((valid - mu) ** 2).sum(axis=1).mean() - 1.5 * np.log(2 * np.pi)
         assert row["valid_bound"] == pytest.approx(exact, rel=1e-12)
+
+
+def binary(num_data: int) -> np.ndarray:
+    return (np.random.default_rng(0).random((num_data, 5)) < 0.4).astype(float)
+
+
+def test_epochs_of_so_many_steps_go_on_through_the_data(engine: str) -> None:
+    """Six epochs of two steps are four of three: the same minibatches in the same order."""
+    x, options = binary(36), {"batch_size": 12, "progress": False, "seed": 2}
+    made = getattr(VAE(data_dim=x.shape[1], latent_dim=2), engine)()
+    passes = fit(made, x, epochs=4, **options)
+    pieces = fit(made, x, epochs=6, epoch_steps=2, **options)
+    assert [row["step"] for row in pieces.history] == [2, 4, 6, 8, 10, 12]
+    for name, value in passes.program.weights.items():
+        np.testing.assert_array_equal(pieces.program.weights[name], value)
+    assert pieces.config["epoch_steps"] == 2
+    with pytest.raises(InvalidArgument, match="epoch_steps must be a whole number"):
+        fit(made, x, epoch_steps=0, **options)
+
+
+def test_training_stops_by_the_clock(engine: str) -> None:
+    x = binary(24)
+    made = getattr(VAE(data_dim=x.shape[1], latent_dim=2), engine)()
+    run = fit(made, x, epochs=1000, batch_size=12, max_seconds=0.05, progress=False)
+    seconds = [row["seconds"] for row in run.history]
+    assert sum(seconds) >= 0.05 > sum(seconds[:-1])
+    with pytest.raises(InvalidArgument, match="max_seconds must be a finite number above 0"):
+        fit(made, x, max_seconds=0.0, progress=False)
 
 
 def test_early_stopping_counts_epochs_since_the_best(engine: str) -> None:
