@@ -111,7 +111,7 @@ def cell_of(config: Config, model: str, levels: int, image_shape: tuple[int, ...
         codebook, network = Codebook(wide(64), 8, update="ema", revive=0.1), MLP((wide(80), wide(80)), "relu")
         spec = VQVAE(data_dim, wide(32), network, codebook, likelihood, "autoregressive", 4 * wide(12), 2)
         return spec, ELBO(gradient=StraightThrough())
-    octaves = tuple(n for n in (6, 7) if 2 ** (n + 1) <= levels)
+    octaves = tuple(n for n in (7, 8) if 2**n <= levels)
     denoiser = {
         "diffusion, dense": MLPDenoiser(wide(112), 3),
         "diffusion, U-Net": UNet(image_shape, (wide(28), wide(56)), octaves=octaves),

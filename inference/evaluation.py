@@ -98,7 +98,7 @@ class Evaluation:
         seconds: wall time.
         weighted: whether ``nll`` is of importance weights. False for a program whose log weight is only an estimate of
             one (a diffusion that draws one of its steps): then ``nll = -elbo``, an upper bound on the NLL whatever K,
-            ``nll_mc_se`` is the standard error of that mean, and k̂ and ess are nan.
+            ``nll_mc_se`` is the standard error of that mean (at most, where times are stratified); k̂, ess are nan.
     """
 
     nll: float

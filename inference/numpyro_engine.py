@@ -251,10 +251,17 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
     return _Layout(tuple(sorted(f.dim for f in shared)), scale, joint, estimated, data_per_entry, sites)
 
 
+def _is_masked_out(fn: Any) -> bool:
+    """Whether its densities count nowhere."""
+    while isinstance(fn, Independent | ExpandedDistribution):
+        fn = fn.base_dist
+    return isinstance(fn, MaskedDistribution) and (fn._mask is False or _is_masked_out(fn.base_dist))
+
+
 def _why_estimated(model_trace: Any, guide_trace: Any, shared: frozenset[Any]) -> str:
     """What of the log weight is an estimate; empty for a weight."""
     for name, site in _samples(guide_trace).items():
-        if isinstance(site["fn"], MaskedDistribution) and site["fn"]._mask is False:
+        if _is_masked_out(site["fn"]):
             return f"site '{name}', which is masked out"
     for site in (*_samples(model_trace).values(), *_samples(guide_trace).values()):
         for frame in site["cond_indep_stack"]:

@@ -115,7 +115,10 @@ class Trainer:
         params = jax.eval_shape(lambda key: self.program.init(key, *example)[0], random.PRNGKey(0))
         own = {n: jax.tree.map(lambda _: False, v) for n, v in params.items() if n in OWN_SITES}
         theirs = {n: v for n, v in params.items() if n not in OWN_SITES}
-        return frozen_mask(theirs, self.program._prefix, frozen) | own
+        mask = frozen_mask(theirs, self.program._prefix, frozen)
+        if all(jax.tree.leaves(mask)):
+            raise must("frozen", "leave a parameter to train", frozen, "Hold fewer weights still")
+        return mask | own
 
     def _init(self, key: jax.Array, example: tuple) -> State:
         params, _, mutable = self.program.init(key, *example)

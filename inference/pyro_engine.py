@@ -112,10 +112,16 @@ def _layout(model_trace: Any, guide_trace: Any) -> _Layout:
     return _Layout(tuple(sorted(d for _, d, _, _ in shared)), scale, joint, estimated, data_per_entry)
 
 
+def _is_masked_out(fn: Any) -> bool:
+    """Whether its densities count nowhere."""
+    fn = _strip(fn)[0]
+    return isinstance(fn, MaskedDistribution) and (fn._mask is False or _is_masked_out(fn.base_dist))
+
+
 def _why_estimated(everything: list[Any], drawn: dict[str, Any], shared: frozenset[Any]) -> str:
     """What of the log weight is an estimate; empty for a weight."""
     for name, site in drawn.items():
-        if site["mask"] is False or (isinstance(site["fn"], MaskedDistribution) and site["fn"]._mask is False):
+        if site["mask"] is False or _is_masked_out(site["fn"]):
             return f"site '{name}', which is masked out"
     for site in everything:
         for name, dim, size, full in _frames(site):

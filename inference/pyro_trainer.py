@@ -85,6 +85,8 @@ class Trainer:
         self.may_compile = program.spec is not None and not dropout  # whose masks a replayed guide must draw again
         tensors = self.program._tensors()
         still = frozen_names((n for n, p in tensors.items() if p.requires_grad), frozen)
+        if still and all(n in still for n, p in tensors.items() if p.requires_grad):
+            raise must("frozen", "leave a parameter to train", frozen, "Hold fewer weights still")
         self.params = {n: p for n, p in tensors.items() if p.requires_grad and n not in still}
         if not self.params:
             raise must("program", "have a parameter to train", "none", "Add pyro.param or a network to model or guide")

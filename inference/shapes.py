@@ -517,7 +517,7 @@ class NoiseWeighting(Shape):
 
     def shape(self, terms: Terms) -> Terms:
         level = stop_gradient(terms.values["level"])
-        gain = self.weight(namespace(level).exp(level[..., 0])) / level[..., 1]
+        gain = self.weight(namespace(level).exp(level[..., 0])) / level[..., 1].clip(1e-20, None)  # 0 costs 0
         gains = {n: s.gain * gain if n == "step" else s.gain for n, s in terms.sites.items()}
         return terms.shaped(gains, {n: s.offset for n, s in terms.sites.items()})
 

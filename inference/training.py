@@ -260,8 +260,8 @@ def fit(
             one vectorised program.
         early_stopping: stop when the held-out bound has not risen for this many epochs (needs ``valid``; not with
             replicates).
-        max_seconds: stop after the epoch in which the training has taken so long, compilation included: for comparing
-            at equal time. With ``resume``, of all its parts together.
+        max_seconds: stop after the epoch in which the epochs have taken so long (the first one compiles): for comparing
+            at equal time. With ``resume``, of all its parts together; of replicates, on torch each for itself.
         directory: write config, weights, history and a checkpoint here, each file whole or not at all.
         resume: go on from the checkpoint in ``directory`` (to more ``epochs``, if asked), bit for bit as if never
             stopped. Without a checkpoint, start.

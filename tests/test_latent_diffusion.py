@@ -117,6 +117,8 @@ def test_frozen_weights_stay_whatever_the_optimiser(engine: str) -> None:
     assert same == {"decoder.layers.1.weight", "decoder.layers.1.bias"}
     with pytest.raises(InvalidArgument, match="frozen must hold beginnings of the names of weights; got 'decode'"):
         fit(first.program, x, epochs=1, progress=False, frozen=("decode",))
+    with pytest.raises(InvalidArgument, match="frozen must leave a parameter to train"):
+        fit(first.program, x, epochs=1, progress=False, frozen=("decoder", "encoder"))
 
 
 def test_what_does_not_fit(engine: str) -> None:

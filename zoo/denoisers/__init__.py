@@ -120,7 +120,7 @@ class UNet(Denoiser):
     image_shape: tuple[int, ...] = (1, 28, 28)
     channels: tuple[int, ...] = (32, 64)
     num_blocks: int = 1
-    octaves: tuple[int, ...] = (6, 7)
+    octaves: tuple[int, ...] = (7, 8)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_shape", whole_numbers("image_shape", self.image_shape, 3))

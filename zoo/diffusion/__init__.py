@@ -65,7 +65,8 @@ def step_back(z: Array, noise: Array, log_snr: Array, earlier: Array) -> tuple[A
     """
     alpha, sigma = scales(log_snr)
     alpha_s, sigma_s = scales(earlier)
-    lost = -expm1(log_snr - earlier)[..., None]
+    least = namespace(z).finfo(z.dtype).eps  # of levels that rounding makes one: the step keeps a scale above 0
+    lost = (-expm1(log_snr - earlier)).clip(least)[..., None]
     return alpha_s / alpha * (z - lost * sigma * noise), sigma_s * lost**0.5
 
 

@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 
+MOST = 25
+"""The largest log signal-to-noise ratio, of either sign: beyond it a noised signal is rounded to one without noise."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule(Part):
     """How the log signal-to-noise ratio falls from ``log_snr_max`` at time 0 to ``log_snr_min`` at time 1."""
@@ -51,7 +55,9 @@ class _Ends(Schedule):
 
     def __post_init__(self) -> None:
         for name in ("log_snr_max", "log_snr_min"):
-            number(name, getattr(self, name), lambda v: abs(v) <= 60, "lie in [-60, 60]", "Use 13.3 and -5, say")
+            number(
+                name, getattr(self, name), lambda v: abs(v) <= MOST, f"lie in [-{MOST}, {MOST}]", "Use 13.3 and -5, say"
+            )
         if self.log_snr_max <= self.log_snr_min:
             got = f"{self.log_snr_max} and {self.log_snr_min}"
             raise must("log_snr_max", "be above log_snr_min: signal is lost as time goes on", got, "Swap them")
@@ -124,9 +130,10 @@ class CosineSchedule(_Ends):
     """
 
     def __call__(self, t: Array) -> tuple[Array, Array]:
-        first, last = (math.atan(math.exp(-0.5 * end)) for end in (self.log_snr_max, self.log_snr_min))
-        xp, angle = namespace(t), first + (last - first) * t
-        return -2.0 * xp.log(xp.tan(angle)), 4.0 * (last - first) / xp.sin(2.0 * angle)
+        first, rest = math.atan(math.exp(-0.5 * self.log_snr_max)), math.atan(math.exp(0.5 * self.log_snr_min))
+        xp, turn = namespace(t), 0.5 * math.pi - first - rest
+        sine, cosine = xp.sin(first + turn * t), xp.sin(rest + turn * (1.0 - t))  # each exact where it is near 0
+        return 2.0 * (xp.log(cosine) - xp.log(sine)), 2.0 * turn / (sine * cosine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +155,13 @@ class TabulatedSchedule(Schedule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "log_snr", tuple(self.log_snr))
         for value in self.log_snr:
-            number("every entry of log_snr", value, lambda v: abs(v) <= 60, "lie in [-60, 60]", "Use 13.3 to -5, say")
+            number(
+                "every entry of log_snr",
+                value,
+                lambda v: abs(v) <= MOST,
+                f"lie in [-{MOST}, {MOST}]",
+                "Use 13.3 to -5, say",
+            )
         pairs = list(zip(self.log_snr, self.log_snr[1:], strict=False))
         if not pairs or any(later >= earlier for earlier, later in pairs):
             todo = "Signal is lost as time goes on: sort them in falling order, without ties"
@@ -215,3 +228,8 @@ def monotone(t: Array, log_linear: Array, log_height: Array, log_steepness: Arra
     start, end = (value(t.reshape(-1)[:1] * 0.0 + end)[0][0] for end in (0.0, 1.0))
     now, slope = value(t)
     return (now - start) / (end - start), slope / (end - start)
+
+
+def _check_level(name: str, value: Any) -> None:
+    """Refuse a log signal-to-noise ratio that no float32 can tell from none."""
+    number(name, value, lambda v: abs(v) <= MOST, f"lie in [-{MOST}, {MOST}]", "Use 13.3 to -5, say")

@@ -36,7 +36,7 @@ class LearnedSchedule(nnx.Module):
         lost, slope = specs.monotone(t, *between)
         if factor is not None:
             lost, slope = scale_gradient(lost, factor), scale_gradient(slope, factor)
-        highest, span = self.log_snr_max[...], jnp.exp(self.log_span[...])
+        highest, span = jnp.minimum(self.log_snr_max[...], specs.MOST), jnp.exp(self.log_span[...])
         if not self.spec.learn_ends:
             highest, span = stop_gradient(highest), stop_gradient(span)
         return highest - span * lost, span * slope

@@ -34,7 +34,7 @@ class LearnedSchedule(nn.Module):
         lost, slope = specs.monotone(t, self.log_linear, self.log_height, self.log_steepness, self.center)
         if factor is not None:
             lost, slope = scale_gradient(lost, factor), scale_gradient(slope, factor)
-        highest, span = self.log_snr_max, self.log_span.exp()
+        highest, span = self.log_snr_max.clamp(max=specs.MOST), self.log_span.exp()
         if not self.spec.learn_ends:
             highest, span = highest.detach(), span.detach()
         return highest - span * lost, span * slope
