@@ -62,7 +62,8 @@ class Config:
         data: data sets.
         data_dir: folder with the files; ELBOZOO_DATA or a download otherwise.
         models: names from the list of the script.
-        seconds: of training for each cell, compilation included; it ends with the piece in which they are over.
+        seconds: of training for each cell, compilation included (1800 for half an hour of each); it ends with the
+            piece in which they are over.
         epoch_steps: steps of a piece.
         num_train: training images.
         scale: factor on the widths of all networks.
@@ -78,14 +79,14 @@ class Config:
     data: tuple[str, ...] = ("mnist", "fashion-mnist")
     data_dir: Path | None = None
     models: tuple[str, ...] = MODELS
-    seconds: float = 240.0
+    seconds: float = 60.0
     epoch_steps: int = 20
     num_train: int = 20_000
     scale: float = 1.0
     batch_size: int = 128
     learning_rate: float = 1e-3
     clip_norm: float = 1000.0
-    num_test: int = 1000
+    num_test: int = 500
     num_particles: int = 64
     sampling_steps: int = 250
     seed: int = 0
