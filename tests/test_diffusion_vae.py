@@ -274,7 +274,7 @@ def test_what_is_measured_of_a_chain(engine: str) -> None:
     given = program(engine, gaussian("chain", 4, LinearSchedule(4.0, -4.0)))
     found = evaluate(given, x, num_particles=200)
     assert found.rate == pytest.approx(sum(found.rate_per_site.values()))
-    assert list(found.rate_per_site) == ["z4", "z3", "z2", "z1", "z0"] or engine == "numpyro"
+    assert list(found.rate_per_site) == ["z0", "z1", "z2", "z3", "z4"]
     bottle = bottleneck(given, x, num_particles=50)
     assert 0 < bottle.mutual_information < np.log(30) + 0.1
     assert bottle.rate == pytest.approx(found.rate, abs=4.5 * bottle.rate_se)
