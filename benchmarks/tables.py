@@ -771,9 +771,7 @@ def remedies_figure(record: dict[str, Any]) -> Figure:
         right.set(xticks=[])
         right.tick_params(labelsize="x-small")
     axes[0, 0].set_title("samples", fontsize="small")
-    axes[0, 1].set_title(
-        "nats, next to the data first:\na layer each (blue), a 20th of the time each (orange)", fontsize="x-small"
-    )
+    axes[0, 1].set_title("nats, from the data up\nblue: layers; orange: time", fontsize="x-small")
     return figure
 
 
