@@ -380,7 +380,7 @@ def _guide(program: Any, arrays: tuple[np.ndarray, ...], count: int, total: int,
 
     With them the log weights of ``total`` draws, ``(total, N)``, of which these are the first.
     """
-    refuse_estimate(program.outline(arrays), "posterior_error")
+    refuse_estimate(program.outline(arrays), "ground_truth")
     num_data = len(arrays[0])
     # A run of the model alone names its latents, and their shapes without dims that Pyro adds.
     prior = program.predict(arrays, seed=call_seed(seed, _SHAPES, 0), prior=True)
