@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elbozoo.inference.arrays import Array, concatenate, expm1, namespace
+from elbozoo.inference.arrays import Array, concatenate, expm1, namespace, stop_gradient
 from elbozoo.inference.errors import must
 from elbozoo.inference.parts import Part, whole_number
 from elbozoo.zoo.likelihoods import DiscretizedLogistic, Gaussian
@@ -86,6 +86,23 @@ def flow(z: Array, noise: Array, log_snr: Array) -> Array:
     """
     sigma = scales(log_snr)[1]
     return 0.5 * (sigma**2 * z - sigma * noise)
+
+
+def relative_charge(x: Array, noise: Array, level: Array, denoise: Any) -> Array:
+    """Twice a datum's charge over the mean charge, a constant: by how much its square's gradient is the larger one.
+
+    ``d/dphi E[l^2] = E[2 l dl/dphi]`` (VDM, appendix I); the mean makes it free of scale.
+
+    Args:
+        x, noise: the signal and the noise in it, (..., D).
+        level: :func:`level_at` the drawn time, (..., 2).
+        denoise: (z, log_snr) to the noise that is said to be there.
+    """
+    level = stop_gradient(level)
+    alpha, sigma = scales(level[..., 0])
+    said = denoise(stop_gradient(alpha * x + sigma * noise), level[..., 0])
+    charge = level[..., 1] * ((noise - said) ** 2).sum(-1)
+    return stop_gradient(2.0 * charge / charge.mean())
 
 
 # --- from z_0 to the data -----------------------------------------------------------------------------------------

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
-from jax.lax import stop_gradient
 from numpyro.distributions import constraints
 
-from elbozoo.zoo.diffusion import Steps, before, level_at, noise_of, scales, step_back, to_step
+from elbozoo.zoo.diffusion import Steps, before, level_at, noise_of, relative_charge, scales, step_back, to_step
 
 Schedule = Callable[..., tuple[Array, Array]]
 Noise = Callable[[Array, Array], Array]
@@ -125,14 +124,6 @@ def times(steps: Steps) -> dist.Distribution:
 def instant(level: Array, noise: Array) -> dist.Distribution:
     """The path's increment at one instant, in units of its own noise: guide and model differ in its drift alone."""
     return dist.Normal(jnp.sqrt(level[..., 1:]) * noise, 1.0).to_event(1)
-
-
-def relative_charge(x: Array, e: Array, level: Array, noise: Noise) -> Array:
-    """Twice a datum's charge over the mean charge: by how much the gradient of its square is the larger one."""
-    level, (alpha, sigma) = stop_gradient(level), scales(stop_gradient(level[..., 0]))
-    said = noise(stop_gradient(alpha * x + sigma * e), level[..., 0])
-    charge = level[..., 1] * ((e - said) ** 2).sum(-1)
-    return stop_gradient(2.0 * charge / charge.mean())
 
 
 # --- distributions --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from elbozoo.zoo.diffusion import Steps, before, level_at, noise_of, scales, step_back, to_step
+from elbozoo.zoo.diffusion import Steps, before, level_at, noise_of, relative_charge, scales, step_back, to_step
 
 Schedule = Callable[..., tuple[Tensor, Tensor]]
 Noise = Callable[[Tensor, Tensor], Tensor]
@@ -76,7 +76,8 @@ def draw_step(x: Tensor, schedule: Schedule, steps: Steps, watch: Noise | None =
         factor: tuple[Tensor, ...] = ()
         if watch is not None:
             noise = pyro.sample("noise", dist.Normal(x.new_zeros(x.shape[-1]), 1.0).to_event(1).mask(False))
-            factor = (relative_charge(x, noise, level_at(schedule, t, num_steps), watch),)
+            with torch.no_grad():
+                factor = (relative_charge(x, noise, level_at(schedule, t, num_steps), watch),)
         level = level_at(schedule, t, num_steps, *factor)
         level = pyro.sample("level", dist.Delta(level, event_dim=1).mask(False))
         z = pyro.sample("noisy", noised(x, level[..., 0], noise).mask(False))
@@ -125,14 +126,6 @@ def times(steps: Steps, like: Tensor) -> TorchDistribution:
 def instant(level: Tensor, noise: Tensor) -> TorchDistribution:
     """The path's increment at one instant, in units of its own noise: guide and model differ in its drift alone."""
     return dist.Normal(level[..., 1:].sqrt() * noise, 1.0).to_event(1)
-
-
-def relative_charge(x: Tensor, e: Tensor, level: Tensor, noise: Noise) -> Tensor:
-    """Twice a datum's charge over the mean charge: by how much the gradient of its square is the larger one."""
-    with torch.no_grad():
-        alpha, sigma = scales(level[..., 0])
-        charge = level[..., 1] * ((e - noise(alpha * x + sigma * e, level[..., 0])) ** 2).sum(-1)
-        return 2.0 * charge / charge.mean()
 
 
 # --- distributions --------------------------------------------------------------------------------------------------
