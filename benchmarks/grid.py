@@ -1,0 +1,278 @@
+"""Many cells: a declarative grid of measurements, each made once, by one process or by many.
+
+A cell's file is named by a digest of all that its figures depend on: what is measured, the settings, the versions of
+the libraries, and the code (as it is parsed: comments and docstrings do not count). So a finished cell is never
+measured twice, and one of other code or settings is another cell. Every file is whole or not there, and carries a
+digest of its content: one that was altered is named and measured anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from joblib import Parallel, delayed, parallel_config
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from elbozoo.benchmarks.records import machine
+from elbozoo.inference.errors import CorruptFile, ElbozooError, must
+from elbozoo.inference.parts import one_of, whole_number
+from elbozoo.inference.storage import check_writable, write_atomically
+from elbozoo.inference.training import environment
+
+BACKENDS = ("loky", "ray")
+
+Cell = Mapping[str, Any]
+"""Where in the grid a cell is: JSON values by the name of the axis."""
+
+Measure = Callable[[Any, Cell, Path], dict[str, Any]]
+"""``measure(config, cell, scratch)``: a cell's figures, JSON values; ``scratch`` is a folder for its checkpoints."""
+
+
+class CellsFailed(ElbozooError):
+    """Some cells could not be measured; the others are there."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells to measure, and the folder of their files.
+
+    Args:
+        question: what the benchmark asks: the first paragraph of its docstring.
+        measure: a function at the top of a module (workers find it by its name).
+        config: the settings, a frozen dataclass.
+        cells: the cells, in the order of the table.
+        engines: whose versions count.
+        folder: of the cells' files; a cluster's workers must all see it.
+        axes: fields of ``config`` that say which cells there are, and nothing of what one is.
+    """
+
+    question: str
+    measure: Measure
+    config: Any
+    cells: Sequence[Cell]
+    engines: tuple[str, ...]
+    folder: Path
+    axes: tuple[str, ...] = ()
+
+    def about(self, cell: Cell) -> dict[str, Any]:
+        """All that a cell's figures depend on, but for the machine."""
+        # a folder is not a setting
+        settings = {k: v for k, v in dataclasses.asdict(self.config).items() if not isinstance(v, Path | None)}
+        settings = {k: v for k, v in settings.items() if k not in self.axes}
+        versions = {k: v for engine in self.engines for k, v in environment(engine).items()}
+        code = code_version(inspect.getsourcefile(self.measure) or "")
+        about = {"cell": dict(cell), "settings": settings, "versions": versions, "code": code}
+        return json.loads(json.dumps({"measure": self.measure.__name__, **about}))
+
+    def address(self, cell: Cell) -> str:
+        """The name of a cell's file."""
+        return _digest(self.about(cell))[:24]
+
+    def path(self, cell: Cell) -> Path:
+        """A cell's file."""
+        return self.folder / f"{self.address(cell)}.json"
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """A finished cell: its figures under ``"figures"``, beside :meth:`about`, ``"machine"`` and ``"seconds"``.
+
+        Returns: None where it has not been measured.
+        Raises: CorruptFile for a file that is not what was written.
+        """
+        path, todo = self.path(cell), "Delete it; the cell will be measured anew"
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text())
+            digest = found.pop("digest")
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+            raise must(str(path), "be a cell's file", type(error).__name__, todo, CorruptFile) from error
+        about = self.about(cell)
+        if digest != _digest(found) or any(found.get(k) != v for k, v in about.items()):
+            raise must(str(path), "be as it was written", "altered content", todo, CorruptFile)
+        return found
+
+    def missing(self) -> list[Cell]:
+        """The cells that are still to be measured. A corrupt file is named in a warning, and its cell is among them."""
+        found = []
+        for cell in self.cells:
+            try:
+                record = self.read(cell)
+            except CorruptFile as error:
+                warnings.warn(f"{error} {name_of(cell)} is measured anew.", stacklevel=3)
+                record = None
+            if record is None:
+                found.append(cell)
+        return found
+
+    def run(
+        self,
+        jobs: int = 1,
+        backend: str = "loky",
+        progress: bool = True,
+        done: Callable[[Cell, dict[str, Any]], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Measure what is missing. Returns: the records of all cells (see :meth:`read`), in the grid's order.
+
+        Args:
+            jobs: processes; 1 measures here, one after another. With ``"ray"`` as many tasks of the cluster that
+                ``ray.init`` has joined (a local one else).
+            backend: "loky" for processes of this machine, "ray" for a cluster (``elbozoo[cluster]``).
+            progress: show a bar.
+            done: called with each new cell and its record.
+
+        Raises:
+            CellsFailed: naming cells whose measurement raised, after all others have been measured.
+            InvalidArgument, WriteFailed.
+        """
+        whole_number("jobs", jobs)
+        one_of("backend", backend, BACKENDS)
+        check_writable(self.folder)
+        wanted, failed = self.missing(), []
+        with _bar(progress, len(wanted), len(self.cells)) as tick:
+            for cell, error in _measured(self, wanted, jobs, backend):
+                if error:
+                    failed.append(f"{name_of(cell)}: {error}")
+                elif done is not None:
+                    done(cell, self.read(cell) or {})
+                tick(cell)
+        if failed:
+            raise CellsFailed(
+                f"{len(failed)} of {len(self.cells)} cells failed, the others are there:\n" + "\n".join(failed)
+            )
+        return [record for cell in self.cells if (record := self.read(cell))]
+
+
+def name_of(cell: Cell) -> str:
+    """A cell in words: its texts and numbers, without its lists."""
+    return ", ".join(str(value) for value in cell.values() if not isinstance(value, list | tuple | dict))
+
+
+def result(grid: Grid, checks: Callable[[dict[str, Any]], dict[str, bool]]) -> dict[str, Any]:
+    """A result file's content: of the cells that there are, the figures by name, and the claims about them."""
+    records = {name_of(cell): record for cell in grid.cells if (record := grid.read(cell))}
+    kept = ("code", "machine", "seconds")
+    cells = {n: {**r["cell"], **r["figures"], "run": {k: r[k] for k in kept}} for n, r in records.items()}
+    settings = {k: v for k, v in dataclasses.asdict(grid.config).items() if not isinstance(v, Path | None)}
+    versions = {k: v for engine in grid.engines for k, v in environment(engine).items()}
+    about = {"config": json.loads(json.dumps(settings)), "versions": versions, "machine": machine()}
+    question = " ".join(grid.question.split("\n\n")[0].split())
+    return {"question": question, **about, "cells": cells, "checks": checks(cells)}
+
+
+def write_result(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a result file."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+# --- one cell -------------------------------------------------------------------------------------------------------
+
+
+def _measure_one(measure: Measure, config: Any, about: dict[str, Any], path: Path) -> tuple[Cell, str]:
+    """Measure a cell and write its file; what went wrong, if anything, in words. Runs in a worker."""
+    cell, scratch = about["cell"], path.with_name(f"{path.stem}-unfinished")
+    scratch.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    try:
+        figures = plain(measure(config, cell, scratch))
+    except Exception as error:  # a cell must not take the sweep with it
+        return cell, f"{type(error).__name__}: {error}"
+    record = {**about, "machine": machine(), "seconds": time.perf_counter() - began, "figures": figures}
+    record = json.loads(json.dumps(record, allow_nan=False))
+    write_atomically(path, json.dumps({**record, "digest": _digest(record)}, indent=1).encode())
+    shutil.rmtree(scratch, ignore_errors=True)
+    return cell, ""
+
+
+def _measured(grid: Grid, cells: list[Cell], jobs: int, backend: str) -> Iterable[tuple[Cell, str]]:
+    """The cells as they are finished, in any order."""
+    tasks = [(grid.measure, grid.config, grid.about(cell), grid.path(cell)) for cell in cells]
+    if jobs == 1 and backend == "loky":
+        yield from (_measure_one(*task) for task in tasks)
+        return
+    if backend == "ray":
+        _join_ray()
+    # Workers that each start a thread a core slow one another down; XLA reads its own variable.
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    before = {name: os.environ.get(name) for name in ("NPROC", "OMP_NUM_THREADS")}
+    os.environ.update(dict.fromkeys(before, threads))
+    try:
+        with parallel_config(backend=backend, n_jobs=jobs):
+            unordered = {"return_as": "generator_unordered"} if backend == "loky" else {}
+            yield from Parallel(**unordered)(delayed(_measure_one)(*task) for task in tasks)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _join_ray() -> None:
+    """Let joblib know Ray. Raises: InvalidArgument where it is not installed."""
+    try:
+        from ray.util.joblib import register_ray
+    except ImportError as error:
+        todo = 'Install "elbozoo[cluster]"'
+        raise must("backend", "be one that is installed", "'ray'", todo) from error
+    register_ray()
+
+
+class _bar:
+    """A progress bar over the cells that are to be measured."""
+
+    def __init__(self, show: bool, wanted: int, total: int):
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self.bar, self.wanted, self.total = Progress(*columns, disable=not show), wanted, total
+
+    def __enter__(self) -> Callable[[Cell], None]:
+        self.bar.start()
+        self.task = self.bar.add_task("cells", total=self.total, completed=self.total - self.wanted)
+        return lambda cell: self.bar.update(self.task, advance=1, description=name_of(cell))
+
+    def __exit__(self, *exc: Any) -> None:
+        self.bar.stop()
+
+
+# --- what a cell is ---------------------------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> Any:
+    """Figures as JSON values: NumPy's numbers and arrays as Python's, what is not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def code_version(script: str) -> str:
+    """A digest of the library's code and the script's, comments and docstrings aside."""
+    root = Path(__file__).resolve().parents[1]
+    library = sorted(path for part in ("zoo", "guides", "inference") for path in (root / part).rglob("*.py"))
+    found = hashlib.sha256()
+    for path in (*library, *([Path(script)] if script else [])):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            match node:
+                case ast.Expr(value=ast.Constant(value=str()) as text):
+                    text.value = ""
+        found.update(f"{path.name}\n{ast.dump(tree)}\n".encode())
+    return found.hexdigest()[:16]
