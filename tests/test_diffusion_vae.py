@@ -42,6 +42,7 @@ from elbozoo.zoo import (
     UNet,
     VariationalDiffusion,
 )
+from elbozoo.zoo import diffusion as specs
 from elbozoo.zoo.diffusion import PREDICTS
 
 SMALL = MLPDenoiser(units=6, num_layers=2, octaves=(0, 1))
@@ -54,7 +55,7 @@ TWINS = [
         16, 50, "one-step", UNet((1, 4, 4), (4, 8), octaves=(0,)), likelihood=DiscretizedNormal(8),
         schedule=TabulatedSchedule((6.0, 2.0, -3.0)),
     ),
-    DiffusionVAE(8, 50, "one-step", UNet((2, 2, 2), (3,), num_blocks=2), schedule=PolynomialSchedule(6.0, -3.0)),
+    DiffusionVAE(32, 50, "one-step", UNet((2, 4, 4), (3,), num_blocks=2, patch=2), "prior", schedule=PolynomialSchedule(6.0, -3.0)),
     DiffusionVAE(4, 50, "one-step", SMALL, schedule=LearnedSchedule(6.0, -3.0, schedule_units=4)),
 ]  # fmt: skip
 
@@ -368,7 +369,11 @@ def test_weighted_losses_refuse_what_they_are_not_of(engine: str) -> None:
         (lambda: DiffusionVAE(5, denoiser=UNet((1, 2, 2), (4,))), "image_shape must have data_dim=5 entries"),
         (lambda: DiffusionVAE(4, denoiser=MLPDenoiser), "denoiser must be a Denoiser"),
         (lambda: DiffusionVAE(4, schedule=LearnedSchedule(minimise_variance=True)), "minimise_variance must be of"),
-        (lambda: UNet((1, 7, 7), (4, 8)), "image_shape must have a height and width that 1 halvings divide"),
+        (lambda: UNet((1, 7, 7), (4, 8)), "image_shape must have a height and width that patches of 1 and 1 halvings"),
+        (
+            lambda: UNet((1, 6, 6), (4, 8), patch=2),
+            "image_shape must have a height and width that patches of 2 and 1 halvings",
+        ),
         (lambda: MLPDenoiser(octaves=(-1,)), "every entry of octaves must be"),
         (lambda: GaussianDenoiser(scale=0.0), "scale must be a finite number above 0"),
         (lambda: LinearSchedule(-5.0, 13.3), r"log_snr_max must be above log_snr_min.*got -5.0 and 13.3"),
@@ -396,11 +401,11 @@ def test_images_outside_the_range_are_refused(engine: str) -> None:
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("levels", [2, 8, 256])
-def test_levels_are_a_distribution(engine: str, levels: int) -> None:
+@pytest.mark.parametrize(("levels", "narrow"), [(2, False), (8, False), (256, False), (8, True), (256, True)])
+def test_levels_are_a_distribution(engine: str, levels: int, narrow: bool) -> None:
     """Against the densities themselves, normalised in float64 by SciPy."""
     pytest.importorskip({"numpyro": "numpyro", "pyro": "torch"}[engine])
-    form = DiscretizedNormal(levels).form(engine)(DiscretizedNormal(levels))
+    form = DiscretizedNormal(levels).form(engine)(DiscretizedNormal(levels), narrow)
     if engine == "pyro":
         import torch
 
@@ -410,6 +415,9 @@ def test_levels_are_a_distribution(engine: str, levels: int) -> None:
 
         array = jnp.asarray
     z, level = np.array([[0.3, -1.7], [0.9, 0.02]]), np.array([6.0, -1.0])
+    if narrow:  # as a diffusion has it: each between two levels, or beyond them all; normalised over the nearest alone
+        z, level = np.array([[0.3, -1.01], [0.9, 0.02]]), np.array([13.3, 16.0])
+        assert specs.is_narrow(DiscretizedNormal(levels), LinearSchedule(level.min()))
     alpha, sigma = (v[:, None] for v in noise(level))
     given = form(array(z), array(level))
     grid = np.linspace(-1, 1, levels)
@@ -419,6 +427,21 @@ def test_levels_are_a_distribution(engine: str, levels: int) -> None:
         x = np.full(z.shape, k / (levels - 1))
         np.testing.assert_allclose(given.log_prob(array(x)), want[..., k].sum(-1), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(given.mean, (np.exp(want) * np.arange(levels)).sum(-1) / (levels - 1), rtol=1e-9)
+
+
+def test_a_prior_is_weighed_against_the_noised_signal() -> None:
+    """The noise said is that of the posterior mean of x ~ N(m, s^2) given z, by quadrature; it is finite at the limits."""
+    level, z, mean, scale = np.array([2.0, -1.0]), np.array([[0.4, -1.2], [1.5, 0.1]]), 0.3, np.array([0.5, 2.0])
+    alpha, sigma = noise(level)
+    x = np.linspace(-25, 25, 200_001)
+    for i, j in np.ndindex(2, 2):
+        weight = stats.norm.pdf(x, mean, scale[j]) * stats.norm.pdf(z[i, j], alpha[i] * x, sigma[i])
+        want = (z[i, j] - alpha[i] * (weight @ x) / weight.sum()) / sigma[i]
+        output = np.concatenate([np.full((2, 2), mean), np.log(scale) + np.zeros((2, 2))], -1)
+        np.testing.assert_allclose(specs.noise_said(output, z, level, "prior")[i, j], want, rtol=1e-9)
+    for log_scale, limit in ((-1e4, specs.noise_of(z, 0.0 * z, level)), (1e4, 0.0 * z)):
+        output = np.concatenate([0.0 * z, 0.0 * z + log_scale], -1)
+        np.testing.assert_allclose(specs.noise_said(output, z, level, "prior"), limit, atol=1e-12)
 
 
 @pytest.mark.parametrize(

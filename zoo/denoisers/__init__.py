@@ -1,9 +1,11 @@
 r"""Denoisers: networks that are shown a noised signal and how noisy it is.
 
 Each is a spec; its forms are in ``denoisers_pyro.py`` and ``denoisers_numpyro.py``. A form is made from
-``(spec, data_dim)`` and maps ``z`` of shape (..., data_dim) and ``log_snr`` of shape (...) to (..., data_dim). What the
-output means is the model's ``predicts``: with ``z = alpha x + sigma e`` the noise e, the signal x, or the velocity
-``v = alpha e - sigma x`` (Salimans & Ho 2022, arXiv 2202.00512, appendix D).
+``(spec, data_dim, num_outputs)`` and maps ``z`` of shape (..., data_dim) and ``log_snr`` of shape (...) to
+(..., num_outputs data_dim). What the output means is the model's ``predicts``: with ``z = alpha x + sigma e`` the noise
+e, the signal x, the velocity ``v = alpha e - sigma x`` (Salimans & Ho 2022, arXiv 2202.00512, appendix D), or the
+mean and the log scale of a normal prior of x that z is then weighed against (two outputs; compare the two outputs of
+Benny & Wolf 2022, arXiv 2203.04304, and the preconditioning of Karras et al. 2022, arXiv 2206.00364, section 5).
 
 Both networks see the noise level as ``h = silu(W f(log_snr) + b)``, f being sines and cosines of log_snr at frequencies
 from 1/8 to 8. Pinned for both engines: weights Glorot-uniform, biases zero, the last layer of the network (and of each
@@ -70,7 +72,8 @@ class MLPDenoiser(Denoiser):
         octaves: n of the Fourier features ``sin(2^n pi z)``, ``cos(2^n pi z)`` beside z; none by default.
 
     Parameters: ``time`` (units, 32), ``enter`` (units, data_dim (1 + 2 octaves)), ``hidden.<i>``, ``times.<i>``
-    (without bias), ``back.<i>`` (units, units), ``leave`` (data_dim, units), each ``.weight`` and ``.bias``.
+    (without bias), ``back.<i>`` (units, units), ``leave`` (num_outputs data_dim, units), each ``.weight`` and
+    ``.bias``.
 
     Raises: InvalidArgument.
     References: the Fourier features, Kingma et al. 2021, arXiv 2107.00630, appendix C.
@@ -96,21 +99,25 @@ class MLPDenoiser(Denoiser):
 class UNet(Denoiser):
     """A small convolutional U-Net.
 
-    A 3x3 convolution in; at each resolution ``num_blocks`` residual blocks, then 2x2 averages and a 3x3 convolution to
-    the next; one block in the middle; the way back with nearest-neighbour doubling and a 3x3 convolution, and blocks
-    that also see what the way down had there; group normalisation, silu and a 3x3 convolution out. A residual block is
-    normalise, silu, convolve, add the noise level's channels, normalise, silu, convolve; a 1x1 convolution where its
-    input has other channels. Groups are of eighths of the channels where 8 divides them.
+    With ``patch`` above 1, squares of pixels are first folded into channels, and unfolded at the end: as many
+    parameters, and its square times faster. A 3x3 convolution in; at each resolution ``num_blocks`` residual blocks,
+    then 2x2 averages and a 3x3 convolution to the next; one block in the middle; the way back with nearest-neighbour
+    doubling and a 3x3 convolution, and blocks that also see what the way down had there; group normalisation, silu
+    and a 3x3 convolution out. A residual block is normalise, silu, convolve, add the noise level's channels,
+    normalise, silu, convolve; a 1x1 convolution where its input has other channels. Groups are of eighths of the
+    channels where 8 divides them.
 
     Args:
         image_shape: (channels, height, width) of one datum, flattened in that order.
         channels: feature maps at each resolution, the finest first.
         num_blocks: residual blocks at each resolution, each way.
         octaves: n of the Fourier features ``sin(2^n pi z)``, ``cos(2^n pi z)`` beside z.
+        patch: side of the squares.
 
-    Raises: InvalidArgument for an image that cannot be halved so often.
+    Raises: InvalidArgument for an image that cannot be cut into squares and halved so often.
     References: Ronneberger, Fischer & Brox 2015, arXiv 1505.04597; Ho, Jain & Abbeel 2020, arXiv 2006.11239, appendix
-        B, without attention; the Fourier features, Kingma et al. 2021, arXiv 2107.00630, appendix C.
+        B, without attention; the Fourier features, Kingma et al. 2021, arXiv 2107.00630, appendix C; the patches,
+        Hoogeboom, Heek & Salimans 2023, arXiv 2301.11093, section 3.3.
 
     Example:
         >>> UNet(image_shape=(1, 28, 28)).channels
@@ -121,15 +128,19 @@ class UNet(Denoiser):
     channels: tuple[int, ...] = (32, 64)
     num_blocks: int = 1
     octaves: tuple[int, ...] = (7, 8)
+    patch: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_shape", whole_numbers("image_shape", self.image_shape, 3))
         object.__setattr__(self, "channels", whole_numbers("channels", self.channels))
         object.__setattr__(self, "octaves", _octaves(self.octaves))
         whole_number("num_blocks", self.num_blocks)
-        factor = 2 ** (len(self.channels) - 1)
+        whole_number("patch", self.patch)
+        factor = self.patch * 2 ** (len(self.channels) - 1)
         if not self.channels or self.image_shape[1] % factor or self.image_shape[2] % factor:
-            condition = f"have a height and width that {len(self.channels) - 1} halvings divide"
+            condition = (
+                f"have a height and width that patches of {self.patch} and {len(self.channels) - 1} halvings divide"
+            )
             raise must("image_shape", condition, self.image_shape, "Use fewer channels, or pad the images")
 
     def check_data_dim(self, data_dim: int) -> None:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from elbozoo.zoo import denoisers as specs
-from elbozoo.zoo.networks.networks_numpyro import ACTIVATIONS, Convs, convolve, linear, network, weights
-
-
-def denoiser(name: str, spec: specs.Denoiser, data_dim: int) -> Callable[..., Array]:
-    """The denoiser as a function of z and log_snr; its parameters' site is made here."""
-    return network(name, partial(spec.form("numpyro"), spec, data_dim))
+from elbozoo.zoo.networks.networks_numpyro import ACTIVATIONS, Convs, convolve, linear, weights
 
 
 class GaussianDenoiser(nnx.Module):
-    def __init__(self, spec: specs.GaussianDenoiser, data_dim: int, rngs: nnx.Rngs):
+    def __init__(self, spec: specs.GaussianDenoiser, data_dim: int, num_outputs: int, rngs: nnx.Rngs):
         self.spec = spec
 
     def __call__(self, z: Array, log_snr: Array) -> Array:
@@ -28,7 +20,7 @@ class GaussianDenoiser(nnx.Module):
 
 
 class MLPDenoiser(nnx.Module):
-    def __init__(self, spec: specs.MLPDenoiser, data_dim: int, rngs: nnx.Rngs):
+    def __init__(self, spec: specs.MLPDenoiser, data_dim: int, num_outputs: int, rngs: nnx.Rngs):
         self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
         count, units = range(spec.num_layers), spec.units
         self.time = linear(2 * len(specs.FREQUENCIES), units, rngs)
@@ -36,7 +28,7 @@ class MLPDenoiser(nnx.Module):
         self.hidden = nnx.List([linear(units, units, rngs) for _ in count])
         self.times = nnx.List([linear(units, units, rngs, bias=False) for _ in count])
         self.back = nnx.List([zeroed(linear(units, units, rngs)) for _ in count])
-        self.leave = zeroed(linear(units, data_dim, rngs))
+        self.leave = zeroed(linear(units, num_outputs * data_dim, rngs))
 
     def __call__(self, z: Array, log_snr: Array) -> Array:
         level = jax.nn.silu(self.time(specs.embed(log_snr)))
@@ -53,9 +45,9 @@ def zeroed(layer: nnx.Linear) -> nnx.Linear:
 
 
 class UNet(nnx.Module):
-    def __init__(self, spec: specs.UNet, data_dim: int, rngs: nnx.Rngs):
+    def __init__(self, spec: specs.UNet, data_dim: int, num_outputs: int, rngs: nnx.Rngs):
         self.spec, maps = spec, spec.channels
-        signal, units, each = spec.image_shape[0], 4 * maps[0], range(spec.num_blocks)
+        signal, units, each = spec.image_shape[0] * spec.patch**2, 4 * maps[0], range(spec.num_blocks)
         finer, coarser = maps[:-1], maps[1:]
         self.time = linear(2 * len(specs.FREQUENCIES), units, rngs)
         self.enter = Convolution(signal * (1 + 2 * len(spec.octaves)), maps[0], rngs)
@@ -65,12 +57,12 @@ class UNet(nnx.Module):
         self.grow = nnx.List([Convolution(*pair, rngs) for pair in zip(coarser, finer, strict=True)])
         self.up = nnx.List([nnx.List([Block(2 * c, c, units, rngs) for _ in each]) for c in maps])
         self.norm = GroupNorm(maps[0])
-        self.leave = Convolution(maps[0], signal, rngs, gain=0.0)
+        self.leave = Convolution(maps[0], num_outputs * signal, rngs, gain=0.0)
 
     def __call__(self, z: Array, log_snr: Array) -> Array:
         leading = z.shape[:-1]
         level = jax.nn.silu(self.time(specs.embed(jnp.broadcast_to(log_snr, leading).reshape(-1))))
-        x = jnp.moveaxis(z.reshape(-1, *self.spec.image_shape), 1, -1)
+        x = jnp.moveaxis(_folded(z.reshape(-1, *self.spec.image_shape), self.spec.patch), 1, -1)
         x, seen = self.enter(jnp.concatenate(specs.fourier(x, self.spec.octaves), -1)), []
         for i, blocks in enumerate(self.down):
             x = self.shrink[i - 1](_halve(x)) if i else x
@@ -83,7 +75,7 @@ class UNet(nnx.Module):
                 x = block(jnp.concatenate([x, seen.pop()], -1), level)
             x = self.grow[i - 1](x.repeat(2, -3).repeat(2, -2)) if i else x
         x = self.leave(jax.nn.silu(self.norm(x)))
-        return jnp.moveaxis(x, -1, 1).reshape(*leading, -1)
+        return _unfolded(jnp.moveaxis(x, -1, 1), self.spec.patch).reshape(*leading, -1)
 
 
 class Block(nnx.Module):
@@ -125,6 +117,20 @@ class GroupNorm(nnx.Module):
         grouped = x.reshape(*x.shape[:-1], self.groups, -1)
         grouped = jax.nn.standardize(grouped, axis=(-4, -3, -1), epsilon=1e-5)
         return grouped.reshape(x.shape) * self.weight + self.bias
+
+
+def _folded(x: Array, side: int) -> Array:
+    """Squares of (N, channels, height, width) as channels, in the order of torch's ``pixel_unshuffle``."""
+    n, channels, height, width = x.shape
+    x = x.reshape(n, channels, height // side, side, width // side, side)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(n, channels * side**2, height // side, width // side)
+
+
+def _unfolded(x: Array, side: int) -> Array:
+    """The inverse of :func:`_folded`."""
+    n, channels, height, width = x.shape
+    x = x.reshape(n, channels // side**2, side, side, height, width)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(n, channels // side**2, height * side, width * side)
 
 
 def _halve(x: Array) -> Array:

@@ -13,7 +13,7 @@ from elbozoo.zoo.networks.networks_pyro import ACTIVATIONS, conv, linear
 
 
 class GaussianDenoiser(nn.Module):
-    def __init__(self, spec: specs.GaussianDenoiser, data_dim: int):
+    def __init__(self, spec: specs.GaussianDenoiser, data_dim: int, num_outputs: int):
         super().__init__()
         self.spec = spec
 
@@ -22,7 +22,7 @@ class GaussianDenoiser(nn.Module):
 
 
 class MLPDenoiser(nn.Module):
-    def __init__(self, spec: specs.MLPDenoiser, data_dim: int):
+    def __init__(self, spec: specs.MLPDenoiser, data_dim: int, num_outputs: int):
         super().__init__()
         self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
         count, units = range(spec.num_layers), spec.units
@@ -31,7 +31,7 @@ class MLPDenoiser(nn.Module):
         self.hidden = nn.ModuleList([linear(units, units) for _ in count])
         self.times = nn.ModuleList([linear(units, units, bias=False) for _ in count])
         self.back = nn.ModuleList([zeroed(linear(units, units)) for _ in count])
-        self.leave = zeroed(linear(units, data_dim))
+        self.leave = zeroed(linear(units, num_outputs * data_dim))
 
     def forward(self, z: Tensor, log_snr: Tensor) -> Tensor:
         level = functional.silu(self.time(specs.embed(log_snr)))
@@ -48,10 +48,10 @@ def zeroed(layer: nn.Module) -> nn.Module:
 
 
 class UNet(nn.Module):
-    def __init__(self, spec: specs.UNet, data_dim: int):
+    def __init__(self, spec: specs.UNet, data_dim: int, num_outputs: int):
         super().__init__()
         self.spec, maps = spec, spec.channels
-        signal, units, each = spec.image_shape[0], 4 * maps[0], range(spec.num_blocks)
+        signal, units, each = spec.image_shape[0] * spec.patch**2, 4 * maps[0], range(spec.num_blocks)
         finer, coarser = maps[:-1], maps[1:]
         self.time = linear(2 * len(specs.FREQUENCIES), units)
         self.enter = conv(signal * (1 + 2 * len(spec.octaves)), maps[0])
@@ -61,12 +61,12 @@ class UNet(nn.Module):
         self.grow = nn.ModuleList([conv(*pair) for pair in zip(coarser, finer, strict=True)])
         self.up = nn.ModuleList([nn.ModuleList([Block(2 * c, c, units) for _ in each]) for c in maps])
         self.norm = group_norm(maps[0])
-        self.leave = zeroed(conv(maps[0], signal))
+        self.leave = zeroed(conv(maps[0], num_outputs * signal))
 
     def forward(self, z: Tensor, log_snr: Tensor) -> Tensor:
         leading = z.shape[:-1]
         level = functional.silu(self.time(specs.embed(log_snr.expand(leading).reshape(-1))))
-        x = z.reshape(prod(leading), *self.spec.image_shape)
+        x = functional.pixel_unshuffle(z.reshape(prod(leading), *self.spec.image_shape), self.spec.patch)
         x, seen = self.enter(torch.cat(specs.fourier(x, self.spec.octaves), 1)), []
         for i, blocks in enumerate(self.down):
             x = self.shrink[i - 1](functional.avg_pool2d(x, 2)) if i else x
@@ -79,7 +79,7 @@ class UNet(nn.Module):
                 x = block(torch.cat([x, seen.pop()], 1), level)
             x = self.grow[i - 1](x.repeat_interleave(2, -2).repeat_interleave(2, -1)) if i else x
         x = self.leave(functional.silu(self.norm(x)))
-        return x.reshape(*leading, -1)
+        return functional.pixel_shuffle(x, self.spec.patch).reshape(*leading, -1)
 
 
 class Block(nn.Module):

@@ -20,8 +20,13 @@ from elbozoo.zoo.likelihoods import DiscretizedLogistic, Gaussian
 
 __all__ = ["PREDICTS", "DiscretizedNormal", "EndLikelihood", "ExactNormal"]
 
-PREDICTS = ("noise", "signal", "velocity")
+PREDICTS = ("noise", "signal", "velocity", "prior")
 """What a denoiser's output can mean."""
+
+
+def outputs_of(predicts: str) -> int:
+    """Numbers that a denoiser says for each entry of its signal."""
+    return 2 if predicts == "prior" else 1
 
 
 # --- one step -----------------------------------------------------------------------------------------------------
@@ -47,11 +52,21 @@ def signal_of(z: Array, noise: Array, log_snr: Array) -> Array:
 
 
 def noise_said(output: Array, z: Array, log_snr: Array, predicts: str) -> Array:
-    """The noise that a denoiser's output says there is."""
+    """The noise that a denoiser's output says there is.
+
+    ``"prior"`` is ``(m, log s)``, two halves of the last axis: the signal's mean given z were each entry ``N(m, s^2)``
+    before z was seen. With ``s = 0`` it is the signal m, with large s it is z itself: each entry is between what the
+    network knows and what is still to be read off z, by what is known of its scale.
+    """
     if predicts == "noise":
         return output
     if predicts == "signal":
         return noise_of(z, output, log_snr)
+    if predicts == "prior":
+        mean, log_scale = output[..., : z.shape[-1]], output[..., z.shape[-1] :]
+        kept = log_snr[..., None] + 2.0 * log_scale
+        xp = namespace(z)
+        return noise_of(z, mean, log_snr) * xp.exp(-xp.logaddexp(kept, 0.0 * kept))  # sigmoid(-kept), never nan
     alpha, sigma = scales(log_snr)
     return alpha * output + sigma * z
 
@@ -171,6 +186,33 @@ class DiscretizedNormal(EndLikelihood):
     def grid(self) -> np.ndarray:
         """The levels as they are noised, (levels,)."""
         return np.linspace(-1.0, 1.0, self.levels)
+
+
+NEAR = 4
+"""Levels on either side of the nearest one that a narrow normal distribution is normalised over."""
+
+
+def is_narrow(likelihood: EndLikelihood, schedule: Any) -> bool:
+    """Whether so little noise is left in z_0 that the rest of the levels has less than e^-40 of the nearest one's mass.
+
+    Known before any tracing where the schedule is not learned.
+    """
+    if schedule.learned or not isinstance(likelihood, DiscretizedNormal):
+        return False
+    scale = np.exp(-0.5 * schedule(np.zeros(()))[0])
+    return bool(scale < NEAR * 2.0 / (likelihood.levels - 1) / 80.0**0.5)
+
+
+def near(loc: Array, scale: Array, levels: int) -> Array:
+    """Log densities, but for their constant, at the levels around ``loc``, (..., 2 NEAR + 1); -inf where there is none.
+
+    What a diffusion's last step is normalised over: all 256 levels would cost more than its network.
+    """
+    xp = namespace(loc)
+    nearest = xp.round((loc + 1.0) * (0.5 * (levels - 1))).clip(0, levels - 1)
+    k = concatenate([(nearest + j)[..., None] for j in range(-NEAR, NEAR + 1)], -1)
+    logits = -0.5 * ((loc[..., None] - (2.0 * (k / (levels - 1)) - 1.0)) / scale[..., None]) ** 2
+    return xp.where((k >= 0) & (k <= levels - 1), logits, -np.inf)
 
 
 def check_predicts(predicts: str, needs: str) -> None:

@@ -15,7 +15,7 @@ from elbozoo.zoo import diffusion as specs
 
 
 class ExactNormal:
-    def __init__(self, spec: specs.ExactNormal):
+    def __init__(self, spec: specs.ExactNormal, narrow: bool = False):
         pass
 
     def __call__(self, z: Array, log_snr: Array) -> dist.Distribution:
@@ -24,23 +24,28 @@ class ExactNormal:
 
 
 class DiscretizedNormal:
-    def __init__(self, spec: specs.DiscretizedNormal):
-        self.levels = spec.levels
+    def __init__(self, spec: specs.DiscretizedNormal, narrow: bool = False):
+        self.levels, self.narrow = spec.levels, narrow
 
     def __call__(self, z: Array, log_snr: Array) -> dist.Distribution:
         alpha, sigma = specs.scales(log_snr)
-        return NormalLevels(z / alpha, sigma / alpha, self.levels).to_event(1)
+        return NormalLevels(z / alpha, sigma / alpha, self.levels, self.narrow).to_event(1)
 
 
 class NormalLevels(dist.Distribution):
-    """Levels in [0, 1], each with the density that a normal distribution has at its place in [-1, 1], normalised."""
+    """Levels in [0, 1], each with the density that a normal distribution has at its place in [-1, 1], normalised.
+
+    ``narrow``: the levels near its mean are all that count, see :func:`elbozoo.zoo.diffusion.is_narrow`.
+    """
 
     arg_constraints: ClassVar = {"loc": constraints.real, "scale": constraints.positive}
-    pytree_aux_fields = ("levels",)
+    pytree_aux_fields = ("levels", "narrow")
     reparametrized_params: ClassVar = []
 
-    def __init__(self, loc: Array, scale: Array, levels: int, *, validate_args: bool | None = None):
-        self.levels = levels
+    def __init__(
+        self, loc: Array, scale: Array, levels: int, narrow: bool = False, *, validate_args: bool | None = None
+    ):
+        self.levels, self.narrow = levels, narrow
         self.loc, self.scale = jnp.broadcast_arrays(loc, scale)
         super().__init__(batch_shape=self.loc.shape, validate_args=validate_args)
 
@@ -64,4 +69,6 @@ class NormalLevels(dist.Distribution):
 
     @validate_sample
     def log_prob(self, value: Array) -> Array:
-        return -0.5 * ((self.loc - (2.0 * value - 1.0)) / self.scale) ** 2 - jax.nn.logsumexp(self._logits, -1)
+        logits = specs.near(self.loc, self.scale, self.levels) if self.narrow else self._logits
+        total = jax.nn.logsumexp(logits, -1)
+        return -0.5 * ((self.loc - (2.0 * value - 1.0)) / self.scale) ** 2 - total

@@ -51,7 +51,7 @@ class DiffusionVAE(Spec):
         num_steps: T, the stochastic layers between noise and data.
         process: which of the forms.
         denoiser: the network.
-        predicts: what its output means: "noise", "signal" or "velocity".
+        predicts: what its output means: "noise", "signal", "velocity", or the signal's "prior" given z.
         schedule: of the noise.
         likelihood: family of x given z_0.
         stratified: spread the times of a batch evenly over (0, 1) (one-step): the mean is the same, the variance
@@ -72,7 +72,7 @@ class DiffusionVAE(Spec):
     num_steps: int = 1000
     process: Literal["one-step", "every-step", "chain"] = "one-step"
     denoiser: Denoiser = dataclasses.field(default_factory=MLPDenoiser)
-    predicts: Literal["noise", "signal", "velocity"] = "noise"
+    predicts: Literal["noise", "signal", "velocity", "prior"] = "noise"
     schedule: Schedule = dataclasses.field(default_factory=LinearSchedule)
     likelihood: EndLikelihood = dataclasses.field(default_factory=DiscretizedNormal)
     stratified: bool = True

@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
 from jax.typing import ArrayLike
 
-from elbozoo.zoo.diffusion import noise_said
+from elbozoo.zoo.diffusion import is_narrow, noise_said, outputs_of
 from elbozoo.zoo.diffusion.process_numpyro import Noise, Schedule, draw_chain, draw_step, undo_chain, undo_step
 from elbozoo.zoo.networks.networks_numpyro import network
 from elbozoo.zoo.schedules.schedules_numpyro import schedule
@@ -24,7 +25,7 @@ class Model:
         self.spec, self.name = spec, name
         self.prefix = f"{name}." if name else ""
         self.Denoiser = spec.denoiser.form("numpyro")
-        self.likelihood = spec.likelihood.form("numpyro")(spec.likelihood)
+        self.likelihood = spec.likelihood.form("numpyro")(spec.likelihood, is_narrow(spec.likelihood, spec.schedule))
 
     def schedule(self) -> Schedule:
         """Times to ``(log_snr, slope)``; the parameters' site is made here."""
@@ -33,12 +34,13 @@ class Model:
     def noise(self) -> Noise:
         """(z, log_snr) to the noise that the denoiser says there is in z; the parameters' site is made here."""
         spec = self.spec
-        output = network(self.prefix + "denoiser", partial(self.Denoiser, spec.denoiser, spec.data_dim))
+        make = partial(self.Denoiser, spec.denoiser, spec.data_dim, outputs_of(spec.predicts))
+        output = network(self.prefix + "denoiser", make)
         return lambda z, log_snr: noise_said(output(z, log_snr), z, log_snr, spec.predicts)
 
     def decode(self, z: Array) -> dist.Distribution:
         """p(x | z_0) for z_0 of shape (..., data_dim)."""
-        return self.likelihood(z, self.schedule()(0.0 * z[..., 0])[0])
+        return self.likelihood(z, self.schedule()(jnp.zeros(()))[0])
 
     def __call__(self, x: ArrayLike | None = None, size: int | None = None) -> Array:
         """Sample the latents and x, or score x; without x draw ``size`` data. Returns x of shape (B, data_dim)."""

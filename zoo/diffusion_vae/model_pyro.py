@@ -10,7 +10,7 @@ import torch
 from pyro.nn import PyroModule, pyro_method
 from torch import Tensor
 
-from elbozoo.zoo.diffusion import noise_said
+from elbozoo.zoo.diffusion import is_narrow, noise_said, outputs_of
 from elbozoo.zoo.diffusion.process_pyro import draw_chain, draw_step, undo_chain, undo_step
 from elbozoo.zoo.schedules.schedules_pyro import schedule
 from elbozoo.zoo.spec import plate_sizes
@@ -25,8 +25,8 @@ class Model(PyroModule):
         super().__init__(name)
         self.spec = spec
         self.schedule = schedule(spec.schedule)
-        self.denoiser = spec.denoiser.form("pyro")(spec.denoiser, spec.data_dim)
-        self.likelihood = spec.likelihood.form("pyro")(spec.likelihood)
+        self.denoiser = spec.denoiser.form("pyro")(spec.denoiser, spec.data_dim, outputs_of(spec.predicts))
+        self.likelihood = spec.likelihood.form("pyro")(spec.likelihood, is_narrow(spec.likelihood, spec.schedule))
         self.register_buffer("origin", torch.zeros(spec.data_dim), persistent=False)  # goes where the model goes
 
     @pyro_method
@@ -36,7 +36,7 @@ class Model(PyroModule):
 
     def decode(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z_0) for z_0 of shape (..., data_dim)."""
-        return self.likelihood(z, self.schedule(0.0 * z[..., 0])[0])
+        return self.likelihood(z, self.schedule(z.new_zeros(()))[0])
 
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """Sample the latents and x, or score x; without x draw ``size`` data. Returns x of shape (B, data_dim)."""

@@ -50,7 +50,7 @@ class LatentDiffusion(Spec):
         likelihood: family of x given z.
         guide: family of z given x.
         denoiser: the diffusion's network.
-        predicts: what its output means: "noise", "signal" or "velocity".
+        predicts: what its output means: "noise", "signal", "velocity", or the signal's "prior" given z.
         schedule: of the noise. The first end need not reach as far as for pixels: ``sigma_0`` is to be small beside the
             guide's scales.
         stratified: spread the times of a batch evenly over (0, 1).
@@ -73,7 +73,7 @@ class LatentDiffusion(Spec):
     likelihood: Likelihood = dataclasses.field(default_factory=Bernoulli)
     guide: Family = dataclasses.field(default_factory=DiagonalGaussian)
     denoiser: Denoiser = dataclasses.field(default_factory=MLPDenoiser)
-    predicts: Literal["noise", "signal", "velocity"] = "noise"
+    predicts: Literal["noise", "signal", "velocity", "prior"] = "noise"
     schedule: Schedule = dataclasses.field(default_factory=lambda: LinearSchedule(9.0, -6.0))
     stratified: bool = True
     sampling_steps: int = 100

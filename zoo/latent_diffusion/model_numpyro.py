@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 from jax import Array
 from jax.typing import ArrayLike
 
-from elbozoo.zoo.diffusion import ExactNormal, noise_said
+from elbozoo.zoo.diffusion import ExactNormal, noise_said, outputs_of
 from elbozoo.zoo.diffusion.process_numpyro import Noise, Schedule, draw_step, sample, undo_step
 from elbozoo.zoo.latent_diffusion import LatentDiffusion
 from elbozoo.zoo.networks.networks_numpyro import network
@@ -36,7 +36,8 @@ class Model:
     def noise(self) -> Noise:
         """(z, log_snr) to the noise that the denoiser says there is in z; the parameters' site is made here."""
         spec = self.spec
-        output = network(self.prefix + "denoiser", partial(self.Denoiser, spec.denoiser, spec.latent_dim))
+        make = partial(self.Denoiser, spec.denoiser, spec.latent_dim, outputs_of(spec.predicts))
+        output = network(self.prefix + "denoiser", make)
         return lambda z, log_snr: noise_said(output(z, log_snr), z, log_snr, spec.predicts)
 
     def __call__(self, x: ArrayLike | None = None, size: int | None = None) -> Array:

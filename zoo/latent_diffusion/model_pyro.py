@@ -8,7 +8,7 @@ import torch
 from pyro.nn import PyroModule, pyro_method
 from torch import Tensor
 
-from elbozoo.zoo.diffusion import ExactNormal, noise_said
+from elbozoo.zoo.diffusion import ExactNormal, noise_said, outputs_of
 from elbozoo.zoo.diffusion.process_pyro import draw_step, undo_step
 from elbozoo.zoo.latent_diffusion import LatentDiffusion
 from elbozoo.zoo.schedules.schedules_pyro import schedule
@@ -28,7 +28,7 @@ class Model(PyroModule):
         self.likelihood = spec.likelihood.form("pyro")(spec.likelihood)
         self.decoder = spec.network.form("pyro", "Decoder")(spec.network, spec.latent_dim, num_outputs)
         self.schedule = schedule(spec.schedule)
-        self.denoiser = spec.denoiser.form("pyro")(spec.denoiser, spec.latent_dim)
+        self.denoiser = spec.denoiser.form("pyro")(spec.denoiser, spec.latent_dim, outputs_of(spec.predicts))
         self.end = ExactNormal().form("pyro")(ExactNormal())
         self.register_buffer("origin", torch.zeros(spec.latent_dim), persistent=False)  # goes where the model goes
 

@@ -39,7 +39,7 @@ class VariationalDiffusion(Spec):
     Args:
         data_dim: entries of one datum, flat.
         denoiser: the network.
-        predicts: what its output means: "noise", "signal" or "velocity".
+        predicts: what its output means: "noise", "signal", "velocity", or the signal's "prior" given z.
         schedule: of the noise.
         likelihood: family of x given z_0.
         stratified: spread the times of a batch evenly over (0, 1): the mean is the same, the variance smaller.
@@ -58,7 +58,7 @@ class VariationalDiffusion(Spec):
 
     data_dim: int = 784
     denoiser: Denoiser = dataclasses.field(default_factory=MLPDenoiser)
-    predicts: Literal["noise", "signal", "velocity"] = "noise"
+    predicts: Literal["noise", "signal", "velocity", "prior"] = "noise"
     schedule: Schedule = dataclasses.field(default_factory=LinearSchedule)
     likelihood: EndLikelihood = dataclasses.field(default_factory=DiscretizedNormal)
     stratified: bool = True
