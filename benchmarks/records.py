@@ -33,14 +33,17 @@ def machine() -> dict[str, Any]:
 def compiled_once() -> Iterator[None]:
     """Inside, what JAX compiles is kept for later cells of the same program, though each of them makes it anew."""
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        compilation_cache.reset_cache()  # it holds on to the folder that it was first used with
         try:
             yield
         finally:
             jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()
 
 
 class Record:

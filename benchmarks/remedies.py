@@ -79,7 +79,7 @@ class Config:
     data: tuple[str, ...] = ("mnist", "fashion-mnist")
     data_dir: Path | None = None
     models: tuple[str, ...] = MODELS
-    seconds: float = 60.0
+    seconds: float = 180.0
     epoch_steps: int = 20
     num_train: int = 20_000
     scale: float = 1.0
@@ -114,10 +114,11 @@ def cell_of(config: Config, model: str, levels: int, image_shape: tuple[int, ...
         return spec, ELBO(gradient=StraightThrough())
     octaves = tuple(n for n in (7, 8) if 2**n <= levels)
     denoiser = {
-        "diffusion, dense": MLPDenoiser(wide(112), 3),
-        "diffusion, U-Net": UNet(image_shape, (wide(28), wide(56)), octaves=octaves),
+        "diffusion, dense": MLPDenoiser(wide(100), 3),
+        "diffusion, U-Net": UNet(image_shape, (wide(28), wide(56)), octaves=octaves, patch=2),
     }[model]
-    return VariationalDiffusion(data_dim, denoiser, likelihood=DiscretizedNormal(levels)), ELBO()
+    likelihood = DiscretizedNormal(levels)
+    return VariationalDiffusion(data_dim, denoiser, "prior", likelihood=likelihood), ELBO()
 
 
 def measure(config: Config, name: str, model: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from elbozoo.inference.discrete import ARM, REBAR, RELAX, DisARM, Enumerate, Gum
 from elbozoo.inference.errors import CorruptFile, ElbozooError, InvalidArgument, NonFinite, Refused
 from elbozoo.inference.evaluation import Evaluation, evaluate
 from elbozoo.inference.exact import exact_log_lik
+from elbozoo.inference.gradient_noise import GradientNoise, gradient_noise
 from elbozoo.inference.gradients import (
     NVIL,
     RWS,
@@ -86,6 +87,7 @@ __all__ = [
     "FreeBits",
     "Gaps",
     "GradientEstimator",
+    "GradientNoise",
     "GroundTruth",
     "GumbelSoftmax",
     "Informative",
@@ -120,6 +122,7 @@ __all__ = [
     "exact_log_lik",
     "fit",
     "gaps",
+    "gradient_noise",
     "ground_truth",
     "local_minima",
     "optimise_guide",

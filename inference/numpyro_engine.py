@@ -62,10 +62,10 @@ from elbozoo.inference.terms import (
 )
 from elbozoo.inference.weights import BUFFERS, from_torch_layout, to_torch_layout
 
-_STEP = "elbozoo_step"
+STEP = "elbozoo_step"
 _ESTIMATOR = "elbozoo_estimator"  # what a gradient estimator trains of its own
 MEMORY = "elbozoo_memory"  # and what it remembers
-OWN_SITES = (_STEP, _ESTIMATOR, MEMORY)
+OWN_SITES = (STEP, _ESTIMATOR, MEMORY)
 """Sites of a guide that are ours, not the program's."""
 
 Params = dict[str, Any]
@@ -772,7 +772,7 @@ def with_own_sites(guide: Callable, objective: Objective) -> Callable:
     """``guide`` with a step counter and what the objective's gradient estimator trains and remembers."""
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        mutable_site(_STEP, jnp.zeros((), dtype=jnp.int32))
+        mutable_site(STEP, jnp.zeros((), dtype=jnp.int32))
         with trace() as traced:
             out = guide(*args, **kwargs)
         sites = {n: Site(**_facts(s)) for n, s in _samples(traced).items()}
@@ -834,7 +834,7 @@ class Loss(NumPyroELBO):
     def loss_with_mutable_state(
         self, rng_key: jax.Array, param_map: Params, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> Any:
-        step = param_map.get(_STEP, 0)  # absent from svi.evaluate, which reports the unshaped bound and needs none
+        step = param_map.get(STEP, 0)  # absent from svi.evaluate, which reports the unshaped bound and needs none
         terms, mutable = particles(
             rng_key,
             param_map,
@@ -847,7 +847,7 @@ class Loss(NumPyroELBO):
             step=step,
             vectorize=self.vectorize_particles,
         )
-        if self.objective.uses_step and _STEP not in mutable:
+        if self.objective.uses_step and STEP not in mutable:
             raise must(
                 "guide",
                 "carry a step counter under an objective with a schedule",
@@ -856,8 +856,8 @@ class Loss(NumPyroELBO):
             )
         self.objective.check(terms)
         check_own_sites(self.objective, terms)
-        if _STEP in mutable:
-            mutable[_STEP] = step + 1
+        if STEP in mutable:
+            mutable[STEP] = step + 1
         if MEMORY in mutable:
             mutable[MEMORY] = dict(stop_gradient(self.objective.remember(terms)))
         return {"loss": value_and_surrogate(self.objective, terms)[1], "mutable_state": mutable or None}
@@ -1148,15 +1148,34 @@ class Program:
 
         return Program(frozen.model, guide, local_to=len(args[0]))
 
-    def outline(self, args: tuple) -> Terms:
-        """The :class:`Terms` of one particle as shapes, supports and flags: nothing is computed."""
+    def outline(self, args: tuple, objective: Objective | None = None) -> Terms:
+        """The :class:`Terms` as shapes, supports and flags, of one particle or of an objective's: nothing is computed.
+
+        Raises: what ``objective.check`` does.
+        """
+        num_particles = 1 if objective is None else objective.num_particles
         found: list[Terms] = []
 
         def look(params: Params, args: tuple) -> None:
-            found.append(particles(random.key(0), params, self.model_fn, self.guide_fn, args)[0])
+            run = particles(random.key(0), params, self.model_fn, self.guide_fn, args, num_particles=num_particles)
+            found.append(run[0])
+            if objective is not None:
+                objective.check(found[0])
 
         jax.eval_shape(look, self._all_params(), args)
         return found[0]
+
+    def guide_parameters(self, args: tuple) -> frozenset[str]:
+        """Sites of the parameters that the guide alone uses."""
+        found: list[set[str]] = []
+
+        def look(args: tuple) -> None:
+            guide_trace = trace(seed(self.guide, 0)).get_trace(*args)
+            model_trace = trace(replay(seed(self.model, 1), guide_trace)).get_trace(*args)
+            found.extend({n for n, s in tr.items() if s["type"] == "param"} for tr in (guide_trace, model_trace))
+
+        jax.eval_shape(look, args)
+        return frozenset(found[0] - found[1])
 
     def predict(
         self,

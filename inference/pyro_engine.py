@@ -1261,10 +1261,29 @@ class Program:
 
         return Program(frozen.model, guide, local_to=len(args[0]))
 
-    def outline(self, args: tuple) -> Terms:
-        """The :class:`Terms` of one particle, for their shapes, supports and flags."""
+    def outline(self, args: tuple, objective: Objective | None = None) -> Terms:
+        """The :class:`Terms`, for their shapes, supports and flags, of one particle or of an objective's.
+
+        Raises: what ``objective.check`` does.
+        """
         with torch.no_grad(), self._running(0):
-            return self.terms(self._inputs(args), num_particles=1)
+            terms = self.terms(self._inputs(args), num_particles=1 if objective is None else objective.num_particles)
+            if objective is not None:
+                objective.check(terms)
+            return terms
+
+    def guide_parameters(self, args: tuple) -> frozenset[str]:
+        """Names of the parameters that the guide alone uses."""
+        twin = self.copy()
+        with torch.no_grad(), twin._running(0):
+            guide_trace = poutine.trace(twin.guide).get_trace(*twin._inputs(args))
+            model_trace = poutine.trace(poutine.replay(twin.model, guide_trace)).get_trace(*twin._inputs(args))
+        names = {id(v): n for n, v in twin._tensors().items()}
+        guide, model = (
+            {names[id(twin.store["params"][n])] for n, s in tr.nodes.items() if s["type"] == "param"}
+            for tr in (guide_trace, model_trace)
+        )
+        return frozenset(guide - model)
 
     @contextmanager
     def _running(self, seed: int) -> Iterator[None]:

@@ -151,7 +151,7 @@ class Trainer:
         step, memory = torch.tensor(self.step), self.own.memory
         if self.may_compile:
             with torch.random.fork_rng(devices=self.cuda), kept_buffers(self.program._modules()):
-                self.compiled, self.may_compile = _traced(self._differentiate, step, memory, *batch), False
+                self.compiled, self.may_compile = traced(self._differentiate, step, memory, *batch), False
         if self.compiled is None:
             metrics, gradients, norm, self.own.memory = self._differentiate(step, memory, *batch)
         else:
@@ -368,7 +368,7 @@ class Trainer:
         self.rng, self.step = {n: torch.from_numpy(arrays[n].copy()) for n in self.rng}, int(arrays["step"])
 
 
-def _traced(step: Callable, *args: Any) -> Callable | None:
+def traced(step: Callable, *args: Any) -> Callable | None:
     """``step`` as a straight line of tensor operations on ``args`` alone; None where it cannot be traced.
 
     Draws that a replayed guide throws away are taken out, so that random numbers are used up as without a trace.

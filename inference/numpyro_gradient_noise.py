@@ -1,0 +1,84 @@
+"""Gradients drawn again and again in JAX: one compiled scan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import random
+from numpyro.distributions import biject_to
+
+from elbozoo.inference.numpyro_engine import OWN_SITES, STEP, Loss, Params, Program
+from elbozoo.inference.objectives import Objective
+
+Moments = tuple[float, dict[str, np.ndarray], dict[str, np.ndarray], frozenset[str]]
+
+
+def moments(
+    program: Program, objective: Objective, args: tuple, num_draws: int, warm_up: int, step: int, seed: int
+) -> Moments:
+    """The mean bound, the mean and the variance of each gradient entry by site, and the guide's own sites."""
+    args = jax.tree.map(jnp.asarray, args)
+    first, second, third = random.split(random.PRNGKey(seed), 3)
+    loss = Loss(objective)
+    guide = loss.guide(program.guide_fn)
+    params, constraints, mutable = replace(program, guide_fn=guide).init(first, *args)
+    transforms = {name: biject_to(constraint) for name, constraint in constraints.items()}
+    free = {name: transforms[name].inv(value) for name, value in params.items()}
+    if STEP in mutable:
+        mutable = {**mutable, STEP: jnp.asarray(step, jnp.result_type(mutable[STEP]))}
+
+    def mean_loss(free: Params, mutable: Params, key: jax.Array) -> Any:
+        given = {**{n: transforms[n](v) for n, v in free.items()}, **mutable}
+        out = loss.loss_with_mutable_state(key, given, program.model_fn, guide, *args)
+        return out["loss"] / len(args[0]), out["mutable_state"] or {}
+
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+    own = {name: value for name, value in free.items() if name in OWN_SITES}
+    others = {name: value for name, value in free.items() if name not in OWN_SITES}
+    adam = optax.adam(1e-3)
+
+    def train(others: Params, carry: Any, key: jax.Array) -> Any:
+        own, state, mutable = carry
+        (_, after), found = gradient({**others, **own}, mutable, key)
+        updates, state = adam.update({n: found[n] for n in own}, state)
+        return (optax.apply_updates(own, updates), state, _at(after, mutable)), None
+
+    def draw(others: Params, own: Params, carry: Any, key: jax.Array) -> Any:
+        count, total, mean, squares, mutable = carry
+        (value, after), found = gradient({**others, **own}, mutable, key)
+        g = jax.tree.map(jnp.negative, {n: found[n] for n in others})
+        count = count + 1.0
+        moved = jax.tree.map(lambda m, x: m + (x - m) / count, mean, g)
+        squares = jax.tree.map(lambda s, x, m, new: s + (x - m) * (x - new), squares, g, mean, moved)
+        return (count, total - value, moved, squares, _at(after, mutable)), None
+
+    @jax.jit
+    def run(others: Params, own: Params, mutable: Params) -> Any:
+        if warm_up:
+            carry = (own, adam.init(own), mutable)
+            (own, _, mutable), _ = jax.lax.scan(partial(train, others), carry, random.split(second, warm_up))
+        zero = jax.tree.map(jnp.zeros_like, others)
+        carry = (jnp.zeros(()), jnp.zeros(()), zero, zero, mutable)
+        (count, total, mean, squares, _), _ = jax.lax.scan(
+            partial(draw, others, own), carry, random.split(third, num_draws)
+        )
+        return total / count, mean, jax.tree.map(lambda s: s / (count - 1.0), squares)
+
+    bound, mean, variance = run(others, own, mutable)
+    flat = [{n: _flat(v) for n, v in found.items()} for found in (mean, variance)]
+    return float(bound), *flat, program.guide_parameters(args)
+
+
+def _at(after: Params, before: Params) -> Params:
+    """The mutable values after a step, at the step before: a schedule stands still."""
+    return {**after, STEP: before[STEP]} if STEP in before else {**before, **after}
+
+
+def _flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
