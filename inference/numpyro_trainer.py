@@ -39,6 +39,9 @@ class Trainer:
     """Runs epochs of one objective on one program.
 
     Args:
+        data: what :meth:`epoch` takes minibatches from, until ``self.data`` is set to others; the first of them are
+            what the program is first run on.
+        num_data: how many data there are in all, where ``data`` are not all; ``math.inf`` where nobody can tell.
         batch_size: data a minibatch.
         seeds: one seed a replicate. With one seed nothing is vmapped.
         frozen: beginnings of the names of weights that stay as they are.
@@ -56,7 +59,9 @@ class Trainer:
         redraw_pixels: bool,
         device: str | None,
         frozen: tuple[str, ...] = (),
+        num_data: float | None = None,
     ):
+        self.num_data = len(data[0]) if num_data is None else num_data
         self.objective, self.whole = objective, program
         if objective.gradient.keeps_numbers:
             program = replace(program, guide_fn=with_own_sites(program.guide_fn, objective))
@@ -72,14 +77,14 @@ class Trainer:
             )
         self.device = _device(device)
         self.redraw_pixels, self.replicated = redraw_pixels, len(seeds) > 1
+        self.data = self.put(data)
         with self._on_device():
-            self.data = jax.tree.map(jnp.asarray, data)
             self.batch_size = min(batch_size, len(data[0]))
             example = jax.tree.map(lambda a: a[: self.batch_size], self.data)
             if program.spec is None:  # an autoguide keeps what it sees at its first call, which must not be a tracer
                 program.init(random.PRNGKey(seeds[0]), *example)
             constraints, shapes = self._parameters(example)
-            if self.batch_size < len(data[0]):
+            if self.batch_size < self.num_data:
                 check_amortised(shapes, self._parameters(jax.tree.map(lambda a: a[:1], example))[1])
             if not constraints:
                 raise must(
@@ -157,7 +162,7 @@ class Trainer:
 
         def loss(params: Params) -> tuple[jax.Array, Any]:
             terms, mutable = self._terms(params, state.mutable, batch, key, state.step)
-            check_counts(terms, len(self.data[0]), self.batch_size)
+            check_counts(terms, self.num_data, self.batch_size)
             metrics = jax.lax.stop_gradient(step_metrics(self.objective, terms))
             if terms.memory:
                 mutable = {**mutable, MEMORY: dict(jax.lax.stop_gradient(self.objective.remember(terms)))}
@@ -190,6 +195,11 @@ class Trainer:
         return self.objective.bound(terms).mean() / terms.data_per_entry
 
     # --- what fit calls ---
+
+    def put(self, data: tuple) -> tuple:
+        """Arrays on the device, for ``self.data``; other threads may call it."""
+        with self._on_device():
+            return jax.tree.map(jnp.asarray, data)
 
     def epoch(self, order: np.ndarray) -> dict[str, np.ndarray]:
         """Run one epoch; ``order`` is ``(replicates, steps, batch)``. Metrics are ``(replicates, steps)``."""

@@ -31,6 +31,9 @@ from elbozoo.inference.weights import frozen_names
 class Trainer:
     """Runs epochs of one objective on a copy of one program. One seed: replicates are separate trainers.
 
+    ``data`` are what :meth:`epoch` takes minibatches from, until ``self.data`` is set to others; the first of them are
+    what the program is first run on. There are ``num_data`` in all; ``math.inf`` where nobody can tell.
+
     ``compiled`` is the traced step; None before the first step, and where there is none.
 
     ``average`` is the parameters' moving average, by name, where the optimiser keeps one.
@@ -52,12 +55,14 @@ class Trainer:
         redraw_pixels: bool,
         device: str | None,
         frozen: tuple[str, ...] = (),
+        num_data: float | None = None,
     ):
         (self.seed,) = seeds
+        self.num_data = len(data[0]) if num_data is None else num_data
         self.device = _device(device)
         self.objective, self.redraw_pixels, self.step = objective, redraw_pixels, 0
         self.compiled: Callable | None = None
-        self.data = tuple(torch.as_tensor(a).to(self.device) for a in data)
+        self.data = self.put(data)
         self.cuda = [self.device] if self.device.type == "cuda" else []
         self.batch_size = min(batch_size, len(data[0]))
         example = tuple(a[: self.batch_size] for a in self.data)
@@ -69,7 +74,7 @@ class Trainer:
                 module.to(self.device).eval()  # looking at the program must not move a batch norm's statistics
             finite = all(torch.isfinite(p).all() for p in self.program._tensors().values())
             with nullcontext() if finite else pyro.validation_enabled(False):  # the first step will name what is not
-                if self.batch_size < len(data[0]):
+                if self.batch_size < self.num_data:
                     check_amortised(self._shapes(example), self._shapes(tuple(a[:2] for a in example)))
                 self.program.materialise(example)
             if objective.num_particles > 1:
@@ -136,7 +141,7 @@ class Trainer:
         """Metrics, the gradient by parameter (None where the loss does not depend on it), its norm, the new memory."""
         self.own.memory = memory
         terms = self._terms(batch, step)
-        check_counts(terms, len(self.data[0]), self.batch_size)
+        check_counts(terms, self.num_data, self.batch_size)
         loss = -self.objective.surrogate(terms).mean() / terms.data_per_entry
         with torch.no_grad():
             metrics, memory = step_metrics(self.objective, terms), dict(self.objective.remember(terms))
@@ -162,6 +167,10 @@ class Trainer:
         if self.adam is not None and self.adam.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.params.values(), self.adam.clip_norm, norm)
         return metrics, norm
+
+    def put(self, data: tuple) -> tuple:
+        """Arrays on the device, for ``self.data``; other threads may call it."""
+        return tuple(torch.as_tensor(a).to(self.device) for a in data)
 
     def epoch(self, order: np.ndarray) -> dict[str, np.ndarray]:
         """Run one epoch; ``order`` is ``(1, steps, batch)``.
