@@ -225,6 +225,7 @@ def fit(
     resume: bool = False,
     checkpoint_every: int = 1,
     device: str | None = None,
+    devices: int | None = None,
     progress: bool = True,
 ) -> Any:
     r"""Train a program's model and guide together: maximise the objective's surrogate, report its bound.
@@ -285,6 +286,10 @@ def fit(
             bit for bit where every pass is the same and an epoch is a pass.
         checkpoint_every: epochs between checkpoints; the last epoch always has one.
         device: "cpu", "gpu", …; the library's default when None.
+        devices: train one model on so many devices, each with its share of every minibatch (``batch_size`` is of all
+            together, and a multiple). On JAX they are devices of this process. On torch each is a process of its own,
+            started by ``torchrun --nproc-per-node n script.py``, and all call ``fit`` alike; the first one writes the
+            files (of ``resume`` all must see them), and ``live_<site>`` is the mean of the shares' counts.
         progress: show a bar.
 
     Returns: a :class:`Run`, or a list of them with ``replicates``.
@@ -321,6 +326,7 @@ def fit(
     )
     optimizer = Adam(learning_rate) if optimizer is None else optimizer
     source = source_of(program, data, batch_size, binarize)
+    _check_devices(devices, source, program, replicates)
     _check_source(source, epochs, epoch_steps, replicates, start, objective, valid)
     held_out = None if valid is None else prepare(program, valid, binarize)
     steps = epoch_steps or source.steps
@@ -342,6 +348,7 @@ def fit(
         "num_data": None if math.isinf(source.num_data) else source.num_data,
         "replicates": replicates,
         "device": device,
+        "devices": devices,
         "versions": environment(program.engine),
     }
     if directory is not None:
@@ -374,46 +381,56 @@ def fit(
             )
             for r in range(replicates)
         ]
-    seeds = [seed + r for r in range(replicates or 1)]
-    trainer_class = importlib.import_module(f"elbozoo.inference.{program.engine}_trainer").Trainer
-    settings = {"batch_size": source.batch_size, "num_data": source.num_data, "seeds": seeds, "device": device}
-    settings |= {"redraw_pixels": binarize == "stochastic"}
-    make = partial(trainer_class, optimizer=optimizer, data=source.example, **settings)
-    data = source.drawn if isinstance(source, InMemory) else source.example
-    weights = None if start is None else start.weights(program, data[0])
-    if weights is not None:
-        program = program.with_weights(weights)
-    trainer = make(program, shaped, frozen=tuple(frozen))
-    loop = _Loop(trainer, source, objective, config, seeds, None if directory is None else Path(directory))
-    if resume and directory is not None and (Path(directory) / CHECKPOINT).exists():
-        loop.resume(epochs)
-    elif start is not None and weights is None:
-        _run_phase(start, make(*start.phase(program, objective, data[0])), loop, progress)
-    del data
-    if isinstance(source, InMemory):
-        del source.drawn  # redrawn pixels would stay in memory twice
+    if devices in (None, 1) or program.engine == "numpyro":
+        together = contextlib.nullcontext(0)
+    else:
+        together = importlib.import_module("elbozoo.inference.pyro_devices").group(devices, device)
+    with together as rank:
+        seeds = [seed + r for r in range(replicates or 1)]
+        trainer_class = importlib.import_module(f"elbozoo.inference.{program.engine}_trainer").Trainer
+        settings = {"batch_size": source.batch_size, "num_data": source.num_data, "seeds": seeds, "device": device}
+        settings |= {"devices": devices or 1}
+        settings |= {"redraw_pixels": binarize == "stochastic"}
+        make = partial(trainer_class, optimizer=optimizer, data=source.example, **settings)
+        data = source.drawn if isinstance(source, InMemory) else source.example
+        weights = None if start is None else start.weights(program, data[0])
+        if weights is not None:
+            program = program.with_weights(weights)
+        trainer = make(program, shaped, frozen=tuple(frozen))
+        checkpoint = None if directory is None else Path(directory) / CHECKPOINT
+        directory, progress = (None, False) if rank else (directory, progress)  # the first process's alone
+        loop = _Loop(trainer, source, objective, config, seeds, None if directory is None else Path(directory))
+        if resume and checkpoint is not None and checkpoint.exists():
+            loop.resume(checkpoint, epochs)
+        elif start is not None and weights is None:
+            _run_phase(start, make(*start.phase(program, objective, data[0])), loop, progress)
+        del data
+        if isinstance(source, InMemory):
+            del source.drawn  # redrawn pixels would stay in memory twice
 
-    def stopped() -> bool:
-        rows = loop.rows[0]
-        out_of_time = max_seconds is not None and sum(row["seconds"] for row in rows) >= max_seconds
-        return loop.epoch >= epochs or out_of_time or (early_stopping is not None and _stalled(rows, early_stopping))
+        def stopped() -> bool:
+            rows = loop.rows[0]
+            out_of_time = max_seconds is not None and sum(row["seconds"] for row in rows) >= max_seconds
+            return (
+                loop.epoch >= epochs or out_of_time or (early_stopping is not None and _stalled(rows, early_stopping))
+            )
 
-    with _bar(progress, epochs, loop) as tick:
-        while not stopped():
-            loop.run_epoch()
-            if held_out is not None:
-                for rows, value in zip(
-                    loop.rows, trainer.held_out(held_out, min(batch_size, len(held_out[0]))), strict=True
-                ):
-                    rows[-1]["valid_bound"] = float(value)
-            tick()
-            if directory is not None and (stopped() or loop.epoch % checkpoint_every == 0):
-                loop.checkpoint()
-    runs = loop.runs()
-    if directory is not None:
-        for r, run in enumerate(runs):
-            run.save(Path(directory) if replicates is None else Path(directory) / f"replicate-{r}")
-    return runs[0] if replicates is None else runs
+        with _bar(progress, epochs, loop) as tick:
+            while not stopped():
+                loop.run_epoch()
+                if held_out is not None:
+                    for rows, value in zip(
+                        loop.rows, trainer.held_out(held_out, min(batch_size, len(held_out[0]))), strict=True
+                    ):
+                        rows[-1]["valid_bound"] = trainer.same(float(value))
+                tick()
+                if directory is not None and (stopped() or loop.epoch % checkpoint_every == 0):
+                    loop.checkpoint()
+        runs = loop.runs()
+        if directory is not None:
+            for r, run in enumerate(runs):
+                run.save(Path(directory) if replicates is None else Path(directory) / f"replicate-{r}")
+        return runs[0] if replicates is None else runs
 
 
 def _run_phase(start: Start, trainer: Any, loop: _Loop, progress: bool) -> None:
@@ -481,7 +498,7 @@ class _Loop:
         metrics = {n: np.concatenate([m[n] for m in found], axis=1) for n in found[0]}
         step = self.steps + metrics["bound"].shape[1]
         self.epoch += 1
-        seconds = time.perf_counter() - start
+        seconds = self.trainer.same(time.perf_counter() - start)
         for r, rows in enumerate(self.rows):
             row = {n: float(v[r].mean()) for n, v in metrics.items()}
             for name in ("beta", "capacity"):  # a schedule's value where the epoch ends
@@ -543,12 +560,11 @@ class _Loop:
         notes = {"epoch": self.epoch, "rows": self.rows, "phase": self.phase, "settings": self._settings}
         storage.save_arrays(self.directory / CHECKPOINT, self.trainer.arrays(), notes)
 
-    def resume(self, epochs: int) -> None:
-        assert self.directory is not None
-        arrays, notes = storage.load_arrays(self.directory / CHECKPOINT)
+    def resume(self, checkpoint: Path, epochs: int) -> None:
+        arrays, notes = storage.load_arrays(checkpoint)
         if "settings" not in notes:
             raise must(
-                str(self.directory / CHECKPOINT),
+                str(checkpoint),
                 "be a checkpoint of this library",
                 "a file without settings",
                 "Choose another directory",
@@ -618,6 +634,23 @@ def _check_settings(
         )
     if resume and directory is None:
         raise must("directory", "be given to resume", "None", "Pass the directory of the run to go on with")
+
+
+def _check_devices(devices: int | None, source: InMemory | Rows | Passes, program: Any, replicates: int | None) -> None:
+    """Refuse what several devices cannot share."""
+    if devices is None:
+        return
+    whole_number("devices", devices)
+    if devices == 1:
+        return
+    if source.batch_size % devices:
+        todo = f"Pass a batch_size that is a multiple of {devices}"
+        raise must("batch_size", f"be a multiple of devices={devices}", source.batch_size, todo)
+    if replicates is not None:
+        raise must("replicates", "be None on several devices", replicates, "Call fit for every seed")
+    if isinstance(source, Passes) and program.engine == "pyro":
+        todo = "Pass arrays, memory-mapped ones say, of which each process takes its share"
+        raise must("data", "be rows of arrays on several devices", "an iterable, whose order is its own", todo)
 
 
 def _check_source(
