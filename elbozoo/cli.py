@@ -132,6 +132,7 @@ PASSED_ON = (
     "resume",
     "checkpoint_every",
     "device",
+    "devices",
     "progress",
 )
 """Options that ``fit`` has under the same names."""
@@ -166,6 +167,8 @@ class Train:
         resume: go on from the checkpoint in the run folder, bit for bit as if never stopped; start where there is none.
         checkpoint_every: epochs between checkpoints.
         device: cpu, gpu, cuda, …; the library's default if left out.
+        devices: train on so many devices, each with its share of every minibatch (numpyro; for pyro, start elbozoo by
+            torchrun with as many processes).
         progress: show a progress bar.
     """
 
@@ -189,6 +192,7 @@ class Train:
     resume: bool = False
     checkpoint_every: int = 1
     device: Annotated[str | None, left_out("NAME")] = None
+    devices: Annotated[int | None, left_out("INT")] = None
     progress: bool = True
 
     def __call__(self, command: str) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import random
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpyro import validation_enabled
 from numpyro.distributions import biject_to
 
@@ -39,9 +40,13 @@ class Trainer:
     """Runs epochs of one objective on one program.
 
     Args:
+        data: what :meth:`epoch` takes minibatches from, until ``self.data`` is set to others; the first of them are
+            what the program is first run on.
+        num_data: how many data there are in all, where ``data`` are not all; ``math.inf`` where nobody can tell.
         batch_size: data a minibatch.
         seeds: one seed a replicate. With one seed nothing is vmapped.
         frozen: beginnings of the names of weights that stay as they are.
+        devices: over how many devices each minibatch is spread; parameters, data and noise are those of one.
     """
 
     def __init__(
@@ -56,7 +61,10 @@ class Trainer:
         redraw_pixels: bool,
         device: str | None,
         frozen: tuple[str, ...] = (),
+        num_data: float | None = None,
+        devices: int = 1,
     ):
+        self.num_data = len(data[0]) if num_data is None else num_data
         self.objective, self.whole = objective, program
         if objective.gradient.keeps_numbers:
             program = replace(program, guide_fn=with_own_sites(program.guide_fn, objective))
@@ -71,15 +79,16 @@ class Trainer:
                 "Pass optax.adam(1e-3)",
             )
         self.device = _device(device)
+        self.mesh = _mesh(device, devices) if devices > 1 else None
         self.redraw_pixels, self.replicated = redraw_pixels, len(seeds) > 1
+        self.data = self.put(data)
         with self._on_device():
-            self.data = jax.tree.map(jnp.asarray, data)
             self.batch_size = min(batch_size, len(data[0]))
             example = jax.tree.map(lambda a: a[: self.batch_size], self.data)
             if program.spec is None:  # an autoguide keeps what it sees at its first call, which must not be a tracer
                 program.init(random.PRNGKey(seeds[0]), *example)
             constraints, shapes = self._parameters(example)
-            if self.batch_size < len(data[0]):
+            if self.batch_size < self.num_data:
                 check_amortised(shapes, self._parameters(jax.tree.map(lambda a: a[:1], example))[1])
             if not constraints:
                 raise must(
@@ -90,13 +99,25 @@ class Trainer:
             init = partial(self._init, example=example)
             keys = jnp.stack([random.PRNGKey(s) for s in seeds])
             self.state: State = jax.jit(jax.vmap(init) if self.replicated else lambda k: init(k[0]))(keys)
+            self.state = self._everywhere(self.state)
         epoch, held_out = self._epoch, self._held_out
         if self.replicated:
             epoch, held_out = jax.vmap(epoch, (0, None, 0)), jax.vmap(held_out, (0, None, None))
-        self._run_epoch, self._run_held_out = jax.jit(epoch), jax.jit(held_out)
+        self._run_epoch = jax.jit(epoch, out_shardings=self.mesh and NamedSharding(self.mesh, PartitionSpec()))
+        self._run_held_out = jax.jit(held_out)
 
     def _on_device(self) -> Any:
         return contextlib.nullcontext() if self.device is None else jax.default_device(self.device)
+
+    def _everywhere(self, tree: Any) -> Any:
+        """``tree``, whole on each of several devices."""
+        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def _spread(self, tree: Any) -> Any:
+        """``tree``, its first axes cut among several devices."""
+        if self.mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec("data")))
 
     def _parameters(self, example: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
         """The constraint and the shapes of every parameter, by site, without computing anything."""
@@ -132,7 +153,7 @@ class Trainer:
     # --- one step, one epoch ---
 
     def _batch(self, data: tuple, index: jax.Array, key: jax.Array) -> tuple:
-        batch = jax.tree.map(lambda a: a[index], data)
+        batch = self._spread(jax.tree.map(lambda a: a[self._spread(index)], data))
         if self.redraw_pixels:
             batch = (random.bernoulli(key, batch[0]).astype(batch[0].dtype), *batch[1:])
         return batch
@@ -157,7 +178,7 @@ class Trainer:
 
         def loss(params: Params) -> tuple[jax.Array, Any]:
             terms, mutable = self._terms(params, state.mutable, batch, key, state.step)
-            check_counts(terms, len(self.data[0]), self.batch_size)
+            check_counts(terms, self.num_data, self.batch_size)
             metrics = jax.lax.stop_gradient(step_metrics(self.objective, terms))
             if terms.memory:
                 mutable = {**mutable, MEMORY: dict(jax.lax.stop_gradient(self.objective.remember(terms)))}
@@ -191,6 +212,11 @@ class Trainer:
 
     # --- what fit calls ---
 
+    def put(self, data: tuple) -> tuple:
+        """Arrays on the device, for ``self.data``; other threads may call it."""
+        with self._on_device():
+            return self._everywhere(jax.tree.map(jnp.asarray, data))
+
     def epoch(self, order: np.ndarray) -> dict[str, np.ndarray]:
         """Run one epoch; ``order`` is ``(replicates, steps, batch)``. Metrics are ``(replicates, steps)``."""
         order = np.asarray(order, np.int32)
@@ -223,7 +249,7 @@ class Trainer:
         init = jax.vmap(self.optimizer.init) if self.replicated else self.optimizer.init
         average = None if self.adam.average is None else params
         with self._on_device():
-            optimizer = jax.jit(init)(params)
+            optimizer = self._everywhere(jax.jit(init)(params))
         self.state = self.state._replace(params=params, average=average, optimizer=optimizer, mutable=mutable)
 
     def bad_parameter(self) -> tuple[str, int] | None:
@@ -262,6 +288,10 @@ class Trainer:
     def _replicate(self, index: int) -> State:
         return jax.tree.map(lambda x: x[index], self.state) if self.replicated else self.state
 
+    def same(self, value: Any) -> Any:
+        """``value``: there is one process."""
+        return value
+
     def programs(self) -> list[Program]:
         """One trained program a replicate."""
         found = []
@@ -270,6 +300,8 @@ class Trainer:
                 {n: v for n, v in values.items() if n not in OWN_SITES}
                 for values in (self._constrain(_final(state)), state.mutable)
             )
+            if self.mesh is not None:  # what is made of them next need not be on several devices
+                params, mutable = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), (params, mutable))
             found.append(self.whole.with_params(params, mutable or None))
         return found
 
@@ -296,7 +328,7 @@ class Trainer:
                 CorruptFile,
             )
         with self._on_device():
-            self.state = jax.tree_util.tree_unflatten(tree, [jnp.asarray(arrays[n]) for n in names])
+            self.state = self._everywhere(jax.tree_util.tree_unflatten(tree, [jnp.asarray(arrays[n]) for n in names]))
 
 
 def _final(state: State) -> Params:
@@ -313,6 +345,15 @@ def _non_finite(params: Params) -> str:
     """Name of the first site with a non-finite leaf; empty if none."""
     bad = (n for n, v in params.items() if not all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(v)))
     return next(bad, "")
+
+
+def _mesh(name: str | None, count: int) -> Mesh:
+    _device(name)
+    found = jax.devices(name)
+    if count > len(found):
+        todo = f"Pass devices={len(found)}, or make more of them visible"
+        raise must("devices", f"be at most the {len(found)} that JAX sees here", count, todo)
+    return Mesh(np.array(found[:count]), ("data",))
 
 
 def _device(name: str | None) -> Any:

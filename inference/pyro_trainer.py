@@ -23,6 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from elbozoo.inference.errors import CorruptFile, ElbozooError, must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
+from elbozoo.inference.pyro_devices import Together, local
 from elbozoo.inference.pyro_engine import OWN, OwnNumbers, Program, kept_buffers, particle_plate, particles
 from elbozoo.inference.recording import check_amortised, check_counts, first_non_finite, step_metrics
 from elbozoo.inference.weights import frozen_names
@@ -30,6 +31,12 @@ from elbozoo.inference.weights import frozen_names
 
 class Trainer:
     """Runs epochs of one objective on a copy of one program. One seed: replicates are separate trainers.
+
+    ``data`` are what :meth:`epoch` takes minibatches from, until ``self.data`` is set to others; the first of them are
+    what the program is first run on. There are ``num_data`` in all; ``math.inf`` where nobody can tell.
+
+    With several ``devices`` this is one of as many trainers, each in a process of its own, and the minibatches are
+    those of all of them together.
 
     ``compiled`` is the traced step; None before the first step, and where there is none.
 
@@ -52,14 +59,18 @@ class Trainer:
         redraw_pixels: bool,
         device: str | None,
         frozen: tuple[str, ...] = (),
+        num_data: float | None = None,
+        devices: int = 1,
     ):
         (self.seed,) = seeds
-        self.device = _device(device)
+        self.together = Together(devices, self.seed, objective) if devices > 1 else None
+        self.num_data = len(data[0]) if num_data is None else num_data
+        self.device = _device(local(device) if self.together else device)
         self.objective, self.redraw_pixels, self.step = objective, redraw_pixels, 0
         self.compiled: Callable | None = None
-        self.data = tuple(torch.as_tensor(a).to(self.device) for a in data)
+        self.data = self.put(data)
         self.cuda = [self.device] if self.device.type == "cuda" else []
-        self.batch_size = min(batch_size, len(data[0]))
+        self.batch_size = min(batch_size, len(data[0])) // devices
         example = tuple(a[: self.batch_size] for a in self.data)
         self.nesting, self.own = None, OwnNumbers(objective)
         with torch.random.fork_rng(devices=self.cuda):
@@ -69,7 +80,7 @@ class Trainer:
                 module.to(self.device).eval()  # looking at the program must not move a batch norm's statistics
             finite = all(torch.isfinite(p).all() for p in self.program._tensors().values())
             with nullcontext() if finite else pyro.validation_enabled(False):  # the first step will name what is not
-                if self.batch_size < len(data[0]):
+                if self.batch_size < self.num_data:
                     check_amortised(self._shapes(example), self._shapes(tuple(a[:2] for a in example)))
                 self.program.materialise(example)
             if objective.num_particles > 1:
@@ -79,6 +90,8 @@ class Trainer:
                 with self.program.parameters(), torch.no_grad():
                     self.own.put_into(particles(self.program.model, self.program.guide, example))
             self.rng = self._rng()
+        if self.together:
+            self.together.begin(self.program._tensors())
         for module in self.program._modules():
             module.train()
         dropout = any(isinstance(m, _DropoutNd) for module in self.program._modules() for m in module.modules())
@@ -136,7 +149,7 @@ class Trainer:
         """Metrics, the gradient by parameter (None where the loss does not depend on it), its norm, the new memory."""
         self.own.memory = memory
         terms = self._terms(batch, step)
-        check_counts(terms, len(self.data[0]), self.batch_size)
+        check_counts(terms, self.num_data, self.batch_size)
         loss = -self.objective.surrogate(terms).mean() / terms.data_per_entry
         with torch.no_grad():
             metrics, memory = step_metrics(self.objective, terms), dict(self.objective.remember(terms))
@@ -157,11 +170,18 @@ class Trainer:
         else:
             with torch.no_grad():
                 metrics, gradients, norm, self.own.memory = self.compiled(step, memory, *batch)
+        if self.together:
+            metrics, gradients = self.together.mean(metrics, gradients)
+            norm = _norm([g for g in gradients if g is not None])
         for parameter, gradient in zip(self.params.values(), gradients, strict=True):
             parameter.grad = gradient
         if self.adam is not None and self.adam.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.params.values(), self.adam.clip_norm, norm)
         return metrics, norm
+
+    def put(self, data: tuple) -> tuple:
+        """Arrays on the device, for ``self.data``; other threads may call it."""
+        return tuple(torch.as_tensor(a).to(self.device) for a in data)
 
     def epoch(self, order: np.ndarray) -> dict[str, np.ndarray]:
         """Run one epoch; ``order`` is ``(1, steps, batch)``.
@@ -169,9 +189,14 @@ class Trainer:
         Metrics are ``(1, steps)``; a non-finite step ends the epoch before its update.
         """
         rows: list[dict[str, Any]] = []
+        order = self._share(order)
         with self._running():
+            self._watch()
             for index in torch.from_numpy(np.ascontiguousarray(order[0])).to(self.device):
+                self._own_noise()
                 metrics, norm = self._gradient(self._batch(index))
+                if not rows:
+                    self._watch()
                 rows.append(metrics | {"grad_norm": norm})
                 if self.skip_norm is not None:
                     rows[-1]["skipped"] = norm.item() > self.skip_norm
@@ -183,6 +208,17 @@ class Trainer:
                     self._follow(self.average)
                 self.step += 1
         return {n: np.array([[float(r[n]) for r in rows]]) for n in rows[0]}
+
+    def _share(self, order: np.ndarray) -> np.ndarray:
+        return self.together.share(order) if self.together else order
+
+    def _own_noise(self) -> None:
+        if self.together:
+            self.together.reseed(self.step)
+
+    def _watch(self) -> None:
+        if self.together:
+            self.together.watch(self.program._modules())
 
     def _update(self) -> None:
         """Move the parameters by their gradients."""
@@ -300,9 +336,12 @@ class Trainer:
         Args:
             index: the step's minibatch, ``(1, batch)``.
         """
-        before = self.snapshot()
+        before, index = self.snapshot(), self._share(index)
         with self._running():
-            terms = self._terms(self._batch(torch.from_numpy(index[0]).to(self.device)), self.step)
+            self._own_noise()
+            terms = self._terms(
+                self._batch(torch.from_numpy(np.ascontiguousarray(index[0])).to(self.device)), self.step
+            )
             name = first_non_finite(terms)
             if not name:
                 loss = self.objective.surrogate(terms).mean()
@@ -310,7 +349,11 @@ class Trainer:
                 found = zip(self.params, gradients, strict=True)
                 name = next((n for n, g in found if g is not None and not torch.isfinite(g).all()), "the bound")
         self.take(before)  # the forward pass may have moved a batch norm's statistics
-        return name, 0
+        return (self.together.first_named(name, "the bound") if self.together else name), 0
+
+    def same(self, value: Any) -> Any:
+        """``value``, or that of the first of several processes."""
+        return self.together.same(value) if self.together else value
 
     def programs(self) -> list[Program]:
         """The trained program."""

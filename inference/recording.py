@@ -33,12 +33,24 @@ def step_metrics(objective: Objective, terms: Terms) -> dict[str, Any]:
     return metrics | objective.scalars(terms)
 
 
-def check_counts(terms: Terms, num_data: int, batch_size: int) -> None:
+def check_counts(terms: Terms, num_data: float, batch_size: int) -> None:
     """Refuse to train on minibatches that a program with one joint weight takes for the whole data.
+
+    Args:
+        num_data: how many data there are; ``math.inf`` where nobody can tell.
 
     Raises: InvalidArgument.
     """
     covered = terms.data_per_entry * terms.scale * math.prod(terms.log_lik.shape[1:])
+    if terms.joint and math.isinf(num_data):
+        if covered > batch_size:  # a number of its own
+            return
+        raise must(
+            "data",
+            "have a known number where a site lies outside the data plate, which is charged once for all of them",
+            f"an iterable without a length, and a plate over the {batch_size} data of a minibatch",
+            "Pass an array, an iterable with a length, or plate('data', N, subsample_size=len(x)) with its N",
+        )
     if terms.joint and batch_size < num_data and covered < num_data:
         raise must(
             "program",

@@ -12,7 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from elbozoo.inference.arrays import Array, cos, namespace, stop_gradient
 from elbozoo.inference.errors import Refused, must
@@ -28,6 +28,9 @@ class Shape(Objective):
     """An objective whose training gradient charges the rate differently from the bound it reports."""
 
     objective: Objective
+
+    reads_batch_means: ClassVar[bool] = False
+    """Whether what it makes of a datum depends on the other data of the minibatch."""
 
     def __post_init__(self) -> None:
         instance_of("objective", self.objective, Objective)
@@ -339,6 +342,8 @@ class FreeBits(Shape):
     References: Kingma et al. 2016 (arXiv 1606.04934), eq. 15.
     """
 
+    reads_batch_means: ClassVar[bool] = True
+
     objective: Objective = field(default_factory=ELBO)
     free_bits: float = 0.1
     per: Literal["dimension", "site"] = "dimension"
@@ -397,6 +402,8 @@ class Capacity(Shape):
     Raises: InvalidArgument for negative values; Refused on multi-sample bounds. References: Burgess et al. 2018
         (arXiv 1804.03599), eq. 8.
     """
+
+    reads_batch_means: ClassVar[bool] = True
 
     objective: Objective = field(default_factory=ELBO)
     capacity: float = 25.0

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,9 @@ class Start(ABC):
 
     epochs: int
 
+    reads_data: ClassVar[bool] = True
+    """Whether it looks at all of the data, so that they must be in memory."""
+
     def __post_init__(self) -> None:
         whole_number("epochs", self.epochs)
 
@@ -38,7 +41,7 @@ class Start(ABC):
         Args:
             program: what is to be trained.
             objective: on what.
-            x: the data, as the program takes them.
+            x: the data, as the program takes them; of data that are not in memory, unless it ``reads_data``, some.
         """
 
 
@@ -48,6 +51,8 @@ class _Weighted(Start):
 
     epochs: int = 5
     beta: float = 1.0
+
+    reads_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,6 +144,8 @@ class FirstStage(Start):
     """
 
     epochs: int = 10
+
+    reads_data: ClassVar[bool] = False
 
     def phase(self, program: Any, objective: Objective, x: np.ndarray) -> tuple[Any, Objective]:
         if not hasattr(program.spec, "vae"):

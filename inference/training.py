@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import math
 import re
 import time
 import warnings
@@ -19,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from elbozoo._version import __version__
 from elbozoo.inference import storage
-from elbozoo.inference.data import Binarize, batches, prepare
+from elbozoo.inference.data import Binarize, prepare
 from elbozoo.inference.errors import CorruptFile, NonFinite, must
 from elbozoo.inference.objectives import ELBO, Objective
 from elbozoo.inference.optimizers import Adam
@@ -27,6 +29,7 @@ from elbozoo.inference.parts import instance_of, one_of, positive, whole_number
 from elbozoo.inference.recording import rewind
 from elbozoo.inference.shapes import Shape
 from elbozoo.inference.starts import Start
+from elbozoo.inference.streams import InMemory, Passes, Rows, is_stream, source_of
 
 if TYPE_CHECKING:
     from elbozoo.inference.evaluation import Evaluation
@@ -222,6 +225,7 @@ def fit(
     resume: bool = False,
     checkpoint_every: int = 1,
     device: str | None = None,
+    devices: int | None = None,
     progress: bool = True,
 ) -> Any:
     r"""Train a program's model and guide together: maximise the objective's surrogate, report its bound.
@@ -233,10 +237,23 @@ def fit(
     A site outside the data plate (a global latent) is charged once for all data, so the plate must say how many there
     are: ``plate("data", N, subsample_size=len(x))``.
 
+    Data larger than memory are read as they are needed, some minibatches at a time, by a background thread:
+
+    * a memory-mapped array (``np.load(path, mmap_mode="r")``), a Zarr array, an HDF5 data set, or anything else with
+      ``shape``, ``dtype``, ``ndim`` and rows by ``data[array of row numbers]``; or a tuple with such. The minibatches,
+      and so the weights, are those of the same array in memory. Where ``batch_size`` is all of them, they are loaded.
+    * an iterable of batches, as a torch ``DataLoader``: each an array or tensor, or a tuple or list of them. They are
+      taken as they come: ``batch_size`` is not used, and no ``seed`` fixes their order. An epoch is one pass; with
+      ``epoch_steps`` so many batches, passes going on. All batches have one size; a smaller last one sits out. Under
+      torch the training itself calls the iterable (a ``DataLoader``'s workers read ahead).
+
+    Rows are checked when they are read. A broken one ends the training by its number, with the checkpoint of the last
+    whole epoch in ``directory``. ``valid`` is held in memory.
+
     Args:
         program: a zoo program, or ``Program(model, guide)`` of either engine around the user's own.
         data: array ``(N, …)``, or a tuple of arrays passed to model and guide as arguments. Images are flattened for
-            a zoo program.
+            a zoo program. They need not fit into memory (see below).
         objective: bound, gradient and shape; ``ELBO()`` by default.
         epochs: passes over the data.
         batch_size: data a minibatch; larger than the data means all of it. The rest that does not fill a batch sits
@@ -264,9 +281,15 @@ def fit(
             at equal time. With ``resume``, of all its parts together; of replicates, on torch each for itself.
         directory: write config, weights, history and a checkpoint here, each file whole or not at all.
         resume: go on from the checkpoint in ``directory`` (to more ``epochs``, if asked), bit for bit as if never
-            stopped. Without a checkpoint, start.
+            stopped. Without a checkpoint, start. Other data are told by a checksum; of data not in memory by one of
+            shape, type and sixteen rows, of an iterable by the shapes of its batches. A resumed iterable begins a pass:
+            bit for bit where every pass is the same and an epoch is a pass.
         checkpoint_every: epochs between checkpoints; the last epoch always has one.
         device: "cpu", "gpu", …; the library's default when None.
+        devices: train one model on so many devices, each with its share of every minibatch (``batch_size`` is of all
+            together, and a multiple). On JAX they are devices of this process. On torch each is a process of its own,
+            started by ``torchrun --nproc-per-node n script.py``, and all call ``fit`` alike; the first one writes the
+            files (of ``resume`` all must see them), and ``live_<site>`` is the mean of the shares' counts.
         progress: show a bar.
 
     Returns: a :class:`Run`, or a list of them with ``replicates``.
@@ -302,15 +325,13 @@ def fit(
         start,
     )
     optimizer = Adam(learning_rate) if optimizer is None else optimizer
-    example = train = prepare(program, data, binarize)
-    redraw = binarize == "stochastic"
-    if redraw:  # what was checked is one draw; training draws anew from the grey pixels at every step
-        train = prepare(program, data, check=False)
+    source = source_of(program, data, batch_size, binarize)
+    _check_devices(devices, source, program, replicates)
+    _check_source(source, epochs, epoch_steps, replicates, start, objective, valid)
     held_out = None if valid is None else prepare(program, valid, binarize)
-    num_data = len(train[0])
-    steps = epoch_steps or num_data // min(batch_size, num_data)
-    shaped = objective.in_steps(steps) if isinstance(objective, Shape) else objective
-    _warn_long_warmup(shaped, epochs * steps)
+    steps = epoch_steps or source.steps
+    shaped = objective.in_steps(steps) if isinstance(objective, Shape) and steps else objective
+    _warn_long_warmup(shaped, epochs * steps if steps else math.inf)
 
     config = {
         "engine": program.engine,
@@ -320,21 +341,22 @@ def fit(
         "start": to_config(start),
         "frozen": list(frozen),
         "epochs": epochs,
-        "batch_size": batch_size,
+        "batch_size": source.batch_size if isinstance(source, Passes) else batch_size,
         "epoch_steps": epoch_steps,
         "seed": seed,
         "binarize": binarize,
-        "num_data": num_data,
+        "num_data": None if math.isinf(source.num_data) else source.num_data,
         "replicates": replicates,
         "device": device,
+        "devices": devices,
         "versions": environment(program.engine),
     }
     if directory is not None:
         _check_directory(Path(directory), resume)
         # to know the data again on resuming
-        config |= {"data": storage.checksum(train), "valid": None if held_out is None else storage.checksum(held_out)}
+        config |= {"data": source.checksum(), "valid": None if held_out is None else storage.checksum(held_out)}
     if replicates is not None and program.engine == "pyro":  # torch has no vmap over whole programs: one after another
-        importlib.import_module("elbozoo.inference.pyro_trainer").check_copies(program, train)
+        importlib.import_module("elbozoo.inference.pyro_trainer").check_copies(program, source.example)
         where = [None if directory is None else Path(directory) / f"replicate-{r}" for r in range(replicates)]
         return [
             fit(
@@ -359,51 +381,65 @@ def fit(
             )
             for r in range(replicates)
         ]
-    seeds = [seed + r for r in range(replicates or 1)]
-    trainer_class = importlib.import_module(f"elbozoo.inference.{program.engine}_trainer").Trainer
-    settings = {"batch_size": batch_size, "seeds": seeds, "redraw_pixels": redraw, "device": device}
-    make = partial(trainer_class, optimizer=optimizer, data=train, **settings)
-    weights = None if start is None else start.weights(program, example[0])
-    if weights is not None:
-        program = program.with_weights(weights)
-    trainer = make(program, shaped, frozen=tuple(frozen))
-    loop = _Loop(trainer, objective, config, seeds, None if directory is None else Path(directory))
-    if resume and directory is not None and (Path(directory) / CHECKPOINT).exists():
-        loop.resume(epochs)
-    elif start is not None and weights is None:
-        _run_phase(start, make(*start.phase(program, objective, example[0])), loop, num_data, batch_size, progress)
-    del example  # redrawn pixels would stay in memory twice
+    if devices in (None, 1) or program.engine == "numpyro":
+        together = contextlib.nullcontext(0)
+    else:
+        together = importlib.import_module("elbozoo.inference.pyro_devices").group(devices, device)
+    with together as rank:
+        seeds = [seed + r for r in range(replicates or 1)]
+        trainer_class = importlib.import_module(f"elbozoo.inference.{program.engine}_trainer").Trainer
+        settings = {"batch_size": source.batch_size, "num_data": source.num_data, "seeds": seeds, "device": device}
+        settings |= {"devices": devices or 1}
+        settings |= {"redraw_pixels": binarize == "stochastic"}
+        make = partial(trainer_class, optimizer=optimizer, data=source.example, **settings)
+        data = source.drawn if isinstance(source, InMemory) else source.example
+        weights = None if start is None else start.weights(program, data[0])
+        if weights is not None:
+            program = program.with_weights(weights)
+        trainer = make(program, shaped, frozen=tuple(frozen))
+        checkpoint = None if directory is None else Path(directory) / CHECKPOINT
+        directory, progress = (None, False) if rank else (directory, progress)  # the first process's alone
+        loop = _Loop(trainer, source, objective, config, seeds, None if directory is None else Path(directory))
+        if resume and checkpoint is not None and checkpoint.exists():
+            loop.resume(checkpoint, epochs)
+        elif start is not None and weights is None:
+            _run_phase(start, make(*start.phase(program, objective, data[0])), loop, progress)
+        del data
+        if isinstance(source, InMemory):
+            del source.drawn  # redrawn pixels would stay in memory twice
 
-    def stopped() -> bool:
-        rows = loop.rows[0]
-        out_of_time = max_seconds is not None and sum(row["seconds"] for row in rows) >= max_seconds
-        return loop.epoch >= epochs or out_of_time or (early_stopping is not None and _stalled(rows, early_stopping))
+        def stopped() -> bool:
+            rows = loop.rows[0]
+            out_of_time = max_seconds is not None and sum(row["seconds"] for row in rows) >= max_seconds
+            return (
+                loop.epoch >= epochs or out_of_time or (early_stopping is not None and _stalled(rows, early_stopping))
+            )
 
-    with _bar(progress, epochs, loop) as tick:
-        while not stopped():
-            loop.run_epoch(num_data, batch_size)
-            if held_out is not None:
-                for rows, value in zip(
-                    loop.rows, trainer.held_out(held_out, min(batch_size, len(held_out[0]))), strict=True
-                ):
-                    rows[-1]["valid_bound"] = float(value)
-            tick()
-            if directory is not None and (stopped() or loop.epoch % checkpoint_every == 0):
-                loop.checkpoint()
-    runs = loop.runs()
-    if directory is not None:
-        for r, run in enumerate(runs):
-            run.save(Path(directory) if replicates is None else Path(directory) / f"replicate-{r}")
-    return runs[0] if replicates is None else runs
+        with _bar(progress, epochs, loop) as tick:
+            while not stopped():
+                loop.run_epoch()
+                if held_out is not None:
+                    for rows, value in zip(
+                        loop.rows, trainer.held_out(held_out, min(batch_size, len(held_out[0]))), strict=True
+                    ):
+                        rows[-1]["valid_bound"] = trainer.same(float(value))
+                tick()
+                if directory is not None and (stopped() or loop.epoch % checkpoint_every == 0):
+                    loop.checkpoint()
+        runs = loop.runs()
+        if directory is not None:
+            for r, run in enumerate(runs):
+                run.save(Path(directory) if replicates is None else Path(directory) / f"replicate-{r}")
+        return runs[0] if replicates is None else runs
 
 
-def _run_phase(start: Start, trainer: Any, loop: _Loop, num_data: int, batch_size: int, progress: bool) -> None:
+def _run_phase(start: Start, trainer: Any, loop: _Loop, progress: bool) -> None:
     """Train the phase of a start from the initial parameters of ``loop``, and hand the trained ones over to it."""
     trainer.adopt(loop.trainer)
-    phase = _Loop(trainer, loop.objective, loop.config, loop.seeds, None, first=_PHASE)
+    phase = _Loop(trainer, loop.source, loop.objective, loop.config, loop.seeds, None, first=_PHASE)
     with _bar(progress, start.epochs, phase, "start") as tick:
         while phase.epoch < start.epochs:
-            phase.run_epoch(num_data, batch_size)
+            phase.run_epoch()
             tick()
     loop.trainer.adopt(trainer)
     loop.phase = [{n: v for n, v in rows[-1].items() if n != "seconds"} for rows in phase.rows]
@@ -418,6 +454,7 @@ class _Loop:
     def __init__(
         self,
         trainer: Any,
+        source: InMemory | Rows | Passes,
         objective: Objective,
         config: dict[str, Any],
         seeds: list[int],
@@ -431,39 +468,55 @@ class _Loop:
             seeds,
             directory,
         )
+        self.source = source
         self.first, self.epoch, self.rows = first, 0, [[] for _ in seeds]
         self.phase: list[dict[str, float | int] | None] = [None for _ in seeds]
 
-    def _order(self, seed: int, num_data: int, batch_size: int) -> np.ndarray:
-        """The epoch's minibatches, ``(steps, batch)``."""
-        count = self.config.get("epoch_steps")
-        if count is None:
-            return batches(seed, self.first + self.epoch, num_data, batch_size)
-        whole = num_data // min(batch_size, num_data)
-        steps = range(self.epoch * count, (self.epoch + 1) * count)
-        passes = {p: batches(seed, self.first + p, num_data, batch_size) for p in {i // whole for i in steps}}
-        return np.stack([passes[i // whole][i % whole] for i in steps])
+    @property
+    def steps(self) -> int:
+        """Steps taken in the finished epochs."""
+        return int(self.rows[0][-1]["step"]) if self.rows[0] else 0
 
-    def run_epoch(self, num_data: int, batch_size: int) -> None:
-        start = time.perf_counter()
-        order = np.stack([self._order(s, num_data, batch_size) for s in self.seeds])
-        before = self.trainer.snapshot()
-        metrics = self.trainer.epoch(order)
-        bad = ~(np.isfinite(metrics["bound"]) & np.isfinite(metrics["grad_norm"])).all(axis=0)
-        if bad.any() or self.trainer.bad_parameter():
-            self._stop(before, order, int(np.argmax(bad)) if bad.any() else order.shape[1])
+    def run_epoch(self) -> None:
+        start, before, found = time.perf_counter(), self.trainer.snapshot(), []
+        chunks = self.source.epoch(self.seeds, self.first, self.epoch, self.config.get("epoch_steps"), self.trainer.put)
+        try:
+            with contextlib.closing(chunks):
+                for data, order in chunks:
+                    if data is not None:
+                        self.trainer.data = data
+                    done = sum(m["bound"].shape[1] for m in found)
+                    found.append(self._run_chunk(order, done, self.trainer.snapshot() if found else before))
+        except NonFinite:
+            raise
+        except Exception:  # the data cannot be read: what was trained until this epoch is kept
+            self.trainer.take(before)
+            if self.directory is not None and self.epoch:
+                with contextlib.suppress(storage.WriteFailed):
+                    self.checkpoint()
+            raise
+        metrics = {n: np.concatenate([m[n] for m in found], axis=1) for n in found[0]}
+        step = self.steps + metrics["bound"].shape[1]
         self.epoch += 1
-        seconds = time.perf_counter() - start
+        seconds = self.trainer.same(time.perf_counter() - start)
         for r, rows in enumerate(self.rows):
             row = {n: float(v[r].mean()) for n, v in metrics.items()}
             for name in ("beta", "capacity"):  # a schedule's value where the epoch ends
                 if name in metrics:
                     row[name] = float(metrics[name][r, -1])
-            rows.append({"epoch": self.epoch, "step": self.epoch * order.shape[1], **row, "seconds": seconds})
+            rows.append({"epoch": self.epoch, "step": step, **row, "seconds": seconds})
 
-    def _stop(self, before: Any, order: np.ndarray, bad_step: int) -> None:
+    def _run_chunk(self, order: np.ndarray, done: int, before: Any) -> dict[str, np.ndarray]:
+        """Metrics ``(replicates, steps)``; ``done`` steps of the epoch come before, and led to the state ``before``."""
+        metrics = self.trainer.epoch(order)
+        bad = ~(np.isfinite(metrics["bound"]) & np.isfinite(metrics["grad_norm"])).all(axis=0)
+        if bad.any() or self.trainer.bad_parameter():
+            self._stop(before, order, int(np.argmax(bad)) if bad.any() else order.shape[1], done)
+        return metrics
+
+    def _stop(self, before: Any, order: np.ndarray, bad_step: int, done: int) -> None:
         site, within, replicate = rewind(self.trainer, before, order, bad_step)
-        step = self.epoch * order.shape[1] + within
+        step = self.steps + done + within
         run = None if self.trainer.bad_parameter() else self.runs()[replicate]
         where = (
             "there is no good state: the initial parameters are not finite"
@@ -507,12 +560,11 @@ class _Loop:
         notes = {"epoch": self.epoch, "rows": self.rows, "phase": self.phase, "settings": self._settings}
         storage.save_arrays(self.directory / CHECKPOINT, self.trainer.arrays(), notes)
 
-    def resume(self, epochs: int) -> None:
-        assert self.directory is not None
-        arrays, notes = storage.load_arrays(self.directory / CHECKPOINT)
+    def resume(self, checkpoint: Path, epochs: int) -> None:
+        arrays, notes = storage.load_arrays(checkpoint)
         if "settings" not in notes:
             raise must(
-                str(self.directory / CHECKPOINT),
+                str(checkpoint),
                 "be a checkpoint of this library",
                 "a file without settings",
                 "Choose another directory",
@@ -584,6 +636,54 @@ def _check_settings(
         raise must("directory", "be given to resume", "None", "Pass the directory of the run to go on with")
 
 
+def _check_devices(devices: int | None, source: InMemory | Rows | Passes, program: Any, replicates: int | None) -> None:
+    """Refuse what several devices cannot share."""
+    if devices is None:
+        return
+    whole_number("devices", devices)
+    if devices == 1:
+        return
+    if source.batch_size % devices:
+        todo = f"Pass a batch_size that is a multiple of {devices}"
+        raise must("batch_size", f"be a multiple of devices={devices}", source.batch_size, todo)
+    if replicates is not None:
+        raise must("replicates", "be None on several devices", replicates, "Call fit for every seed")
+    if isinstance(source, Passes) and program.engine == "pyro":
+        todo = "Pass arrays, memory-mapped ones say, of which each process takes its share"
+        raise must("data", "be rows of arrays on several devices", "an iterable, whose order is its own", todo)
+
+
+def _check_source(
+    source: InMemory | Rows | Passes,
+    epochs: int,
+    epoch_steps: int | None,
+    replicates: int | None,
+    start: Start | None,
+    objective: Objective,
+    valid: Any,
+) -> None:
+    """Refuse what data that are not in memory cannot serve."""
+    if valid is not None and is_stream(valid):
+        todo = "Pass arrays: some of the held-out data will do"
+        raise must("valid", "fit into memory", f"an iterable ({type(valid).__name__})", todo)
+    if start is not None and start.reads_data and not isinstance(source, InMemory):
+        todo = "Start on some of the data in memory, and pass the run's program on: fit(run.program, data)"
+        raise must("data", f"be in memory for {type(start).__name__}, which looks at all of them", "a stream", todo)
+    if not isinstance(source, Passes):
+        return
+    source.check(epochs + (start.epochs if start else 0) if epoch_steps is None else 1, replicates)
+    if source.steps is None and epoch_steps is None and _counts_epochs(objective):
+        todo = "Pass epoch_steps, or unit='steps' in the shape"
+        raise must("data", "have a length for a schedule in epochs", "an iterable without len()", todo)
+
+
+def _counts_epochs(objective: Objective) -> bool:
+    """Whether the length of a schedule is in epochs."""
+    return isinstance(objective, Shape) and (
+        getattr(objective, "unit", "steps") == "epochs" or _counts_epochs(objective.objective)
+    )
+
+
 def _check_directory(directory: Path, resume: bool) -> None:
     """Refuse to write over an earlier run, and find out now whether the directory can be written to."""
     if not resume and any((directory / name).exists() for name in (CHECKPOINT, WEIGHTS, "replicate-0")):
@@ -596,7 +696,7 @@ def _check_directory(directory: Path, resume: bool) -> None:
     storage.check_writable(directory)
 
 
-def _warn_long_warmup(objective: Objective, steps: int) -> None:
+def _warn_long_warmup(objective: Objective, steps: float) -> None:
     while isinstance(objective, Shape):
         length = getattr(objective, "total", getattr(objective, "warmup", 0))
         if length > steps:

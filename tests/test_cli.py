@@ -263,7 +263,7 @@ def test_models(words: str, ask: Any):
 
 @pytest.mark.numpyro
 def test_settings_of_the_training(ask: Any):
-    words = "--epochs 3 --batch-size 7 --seed 5 --replicates 2 --checkpoint-every 4 --device cpu --resume --out here"
+    words = "--epochs 3 --batch-size 7 --seed 5 --replicates 2 --checkpoint-every 4 --device cpu --devices 2 --resume --out here"
     words += " --learning-rate 0.01 --eps 1e-4 --clip-norm 2 --skip-norm 200 --average 0.999 --valid validation --binarize threshold --no-progress"
     words += (
         " --start-from collapsed --start-epochs 2 --epoch-steps 3 --max-seconds 9.5 --frozen encoder decoder.layers.0"
@@ -290,6 +290,7 @@ def test_settings_of_the_training(ask: Any):
         "resume": True,
         "checkpoint_every": 4,
         "device": "cpu",
+        "devices": 2,
         "progress": False,
         "directory": Path("here"),
         "binarize": "threshold",
