@@ -22,8 +22,10 @@ endif
 ifeq ($(origin PYTHON312),undefined)
 PYTHON312 = $(call first,python3.12 $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python),312)
 endif
-# A worker keeps to one core: tests/conftest.py sees to that.
+# A worker keeps to one core: tests/conftest.py sees to that. A file's tests go to one worker, which computes and
+# compiles but once what they share, and in the order of tests/conftest.py: the longest first.
 WORKERS ?= 2
+SPREAD := --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 .PHONY: demo test lint format arviz1 clean
@@ -32,7 +34,7 @@ demo: .venv-demo/stamp
 	.venv-demo/bin/elbozoo demo
 
 test: .venv/stamp
-	.venv/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	.venv/bin/python -m pytest -n $(WORKERS) $(SPREAD) $(ARGS)
 
 lint: .venv/stamp
 	.venv/bin/ruff check .

@@ -61,7 +61,9 @@ class Config:
             that are 0.7 or more, a third with the highest.
         weighted: the guide's draws for each one of NUTS that are importance-weighted, and give k̂.
         num_draws: draws of each of four chains of NUTS.
+        local_steps: of each optimisation of single images' guides.
         num_data: images for ``diagnose``, for the split of the rate and to choose from for NUTS.
+        num_gaps, num_simulations: of ``diagnose``: its defaults.
         many_particles: K at which the peak memory is measured, the lower and the higher.
         results: JSON file to write and to go on from.
         checkpoints: folder for the trained model.
@@ -80,7 +82,10 @@ class Config:
     num_posteriors: int = 36
     num_draws: int = 500
     weighted: int = 10
+    local_steps: int = 500
     num_data: int = 1000
+    num_gaps: int = 50
+    num_simulations: int = 500
     many_particles: tuple[int, int] = (500, 50_000)
     results: Path = Path("benchmarks/results/instruments.json")
     checkpoints: Path = Path("runs/instruments")
@@ -150,7 +155,8 @@ class Bench:
     def gaps(self) -> dict[str, Any]:
         """Approximation and amortisation."""
         began = time.perf_counter()
-        found = gaps(self.run.program, self.x, num_data=self.config.num_annealed, progress=True)
+        sizes = {"num_data": self.config.num_annealed, "num_steps": self.config.local_steps}
+        found = gaps(self.run.program, self.x, **sizes, progress=True)
         return {**found.summary(), "seconds": time.perf_counter() - began}
 
     def surgery(self) -> dict[str, Any]:
@@ -185,7 +191,8 @@ class Bench:
     def optimised_posterior(self) -> dict[str, Any]:
         """The same images, under Gaussians with full covariances that are optimised for each image by itself."""
         chosen = np.array(self.record.content["cells"]["posterior"]["images"])
-        program = optimise_guide(self.run.program, self.x[chosen], full_covariance=True, progress=True)
+        settings: dict[str, Any] = {"full_covariance": True, "num_steps": self.config.local_steps, "progress": True}
+        program = optimise_guide(self.run.program, self.x[chosen], **settings)
         return {"images": chosen.tolist(), **self._against_nuts(program, chosen)}
 
     def _against_nuts(self, program: Any, chosen: np.ndarray) -> dict[str, Any]:
@@ -206,7 +213,8 @@ class Bench:
     def cost(self) -> dict[str, Any]:
         """Seconds of ``diagnose`` with its defaults, compilation included."""
         began = time.perf_counter()
-        found = diagnose(self.run, self.images[: self.config.num_data], progress=True)
+        sizes = {"num_gaps": self.config.num_gaps, "num_simulations": self.config.num_simulations}
+        found = diagnose(self.run, self.images[: self.config.num_data], **sizes, progress=True)
         seconds = time.perf_counter() - began
         return {"num_data": self.config.num_data, "seconds": seconds, "verdict": found.verdict}
 
@@ -291,6 +299,7 @@ def main(config: Config) -> None:
     if config.smoke:
         small: dict[str, Any] = {"epochs": 1, "hidden": 16, "latent_dim": 2, "num_particles": 50, "num_annealed": 4}
         small |= {"num_temperatures": 4, "num_chains": 2, "num_posteriors": 3, "num_draws": 20, "num_data": 30}
+        small |= {"local_steps": 5, "num_gaps": 0, "num_simulations": 20}
         results = config.results.with_name("smoke_instruments.json")
         config = replace(config, data="digits", many_particles=(10, 20), results=results, smoke=False, **small)
     record = Record(config.results, __doc__ or "", config, ("numpyro",))

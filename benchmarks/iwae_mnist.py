@@ -131,7 +131,7 @@ def main(config: Config) -> None:
     if config.smoke:
         config = Config(
             data="digits",
-            cells=("vae-1", "iwae-5", "2-iwae-5"),
+            cells=("iwae-5", "2-iwae-5"),
             stages=1,
             num_particles=20,
             num_test=50,

@@ -31,10 +31,16 @@ def machine() -> dict[str, Any]:
 
 @contextmanager
 def compiled_once() -> Iterator[None]:
-    """Inside, what JAX compiles is kept for later cells of the same program, though each of them makes it anew."""
+    """Inside, what JAX compiles is kept for later cells of the same program, though each of them makes it anew.
+
+    A folder that JAX has been given already (``JAX_COMPILATION_CACHE_DIR``) is left as it is, and serves.
+    """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        yield
+        return
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 from threadpoolctl import threadpool_limits
 
 # Read once, when jax, matplotlib and torch start; programs that a test runs inherit them.
@@ -20,6 +24,20 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_X64"] = "1"
 # Most of the suite's time is XLA compiling small programs that run once: compile fast, not well.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if find_spec("jaxlib") and version("jaxlib").startswith(
+    "0.10."
+):  # a compiler that does not know a flag refuses to start
+    # The older emitters compile a training step in half the time.
+    FLAG = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '').replace(FLAG, '')} {FLAG}".strip()
+# And what is compiled is kept: for later tests, for the other workers, for programs that a test runs, and for the next
+# run of the suite. What is traced, and how often, stays as it was; JAX asks for the same program on the same compiler.
+COMPILED = Path(__file__).resolve().parents[1] / ".pytest_cache" / "compiled"
+KEPT_FOR = 7 * 24 * 3600
+"""Seconds after which a compiled program is thrown away, lest the folder grow for ever."""
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["MPLBACKEND"] = "Agg"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker keeps to one core: workers that each start a thread a core slow one another down.
@@ -27,9 +45,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # torch
     threadpool_limits(1)  # NumPy's BLAS, which a pytest plugin has loaded by now
 
+JAXTYPED = jaxtyping.jaxtyped
+
+
+def jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
+    """Leaves functions within functions as they are: they are made anew at every call, and so would their checks be, at
+    two thirds of the cost of a small training step in Pyro. Their annotations name no shapes.
+    """
+
+    def decorate(what: Any) -> Any:
+        nested = "<locals>" in getattr(what, "__qualname__", "")
+        return what if nested else JAXTYPED(what, typechecker=typechecker)
+
+    return decorate
+
+
 # Shapes and types in the annotations of elbozoo.inference hold at run time, under pytest alone.
 # An int is a float to Python's type checkers (PEP 484's tower), and so it is here.
-install_import_hook("elbozoo.inference", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+jaxtyping.jaxtyped = jaxtyped  # type: ignore[assignment]
+jaxtyping.install_import_hook(
+    "elbozoo.inference", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 NEEDS = {
     "numpyro": ("jax", "numpyro", "flax", "optax", "flowjax", "equinox", "diffrax"),
@@ -62,7 +98,19 @@ def clean_slate() -> Iterator[None]:
         sys.modules["pyro"].clear_param_store()
 
 
+LONGEST = {"test_benchmarks", "test_cli", "test_deep_hierarchical_vae", "test_discrete", "test_docs", "test_gradients"}
+"""Files to begin with, lest one worker end with them alone."""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ and COMPILED.is_dir():
+        for path in COMPILED.iterdir():
+            if path.stat().st_mtime < time.time() - KEPT_FOR:
+                path.unlink()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable: else the order stays
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         for engine, gone in MISSING.items():

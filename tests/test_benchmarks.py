@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from as_users import as_users_run_it  # noqa: F401
 from scipy import stats
 
 from elbozoo.benchmarks.records import Record
@@ -31,13 +31,15 @@ def test_every_script_has_a_smoke_row() -> None:
 @pytest.mark.pyro
 @pytest.mark.numpyro
 @pytest.mark.parametrize("name", SMOKE)
-def test_smoke(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, f"benchmarks/{name}.py", "--smoke", "--results", str(tmp_path / f"{name}.json")]
+def test_smoke(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script as a user starts it, command line and all, but in this process: the engines are imported already."""
+    command = [f"benchmarks/{name}.py", "--smoke", "--results", str(tmp_path / f"{name}.json")]
     if name in ("instruments", "iwae_mnist"):
         command += ["--checkpoints", str(tmp_path / "checkpoints")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # also where the package is not installed
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the processes that instruments starts
+    runpy.run_path(command[0], run_name="__main__")
     record = json.loads((tmp_path / f"smoke_{name}.json").read_text())
     assert record["cells"]
     assert record["checks"]

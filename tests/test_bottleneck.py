@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compile_once import as_users_run_it, compile_once  # noqa: F401
+from as_users import as_users_run_it  # noqa: F401
 from oracles import library, shared_latent, wrapped
 from scipy import integrate, stats
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compile_once import compile_once  # noqa: F401
 from matplotlib.colors import to_rgba
 
 import elbozoo

@@ -7,6 +7,7 @@ Definitions are worked out in NumPy: enumeration for states, Gauss–Legendre qu
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,12 @@ def multi_sample_bound(probabilities: np.ndarray, posterior: np.ndarray) -> floa
     return oracles.expected(oracles.iwae, Nodes(np.exp(log_q), log_w, 0.0 * log_w), 3)
 
 
+@cache
+def guide_of_the_plain_score(engine: str) -> np.ndarray:
+    """Of the same start; every row below is held against it."""
+    return trained_guide(engine, ELBO(gradient=ScoreFunction(baseline="none")), 350, seed=0)[0]
+
+
 @pytest.mark.filterwarnings("ignore:.*lies outside")
 @pytest.mark.parametrize("objective", [IWAE(3, VIMCO()), IWAE(30, RWS())], ids=["VIMCO", "RWS"])
 def test_gets_away_from_a_bad_start_where_the_plain_score_does_not(engine: str, objective: Any) -> None:
@@ -342,8 +349,7 @@ def test_gets_away_from_a_bad_start_where_the_plain_score_does_not(engine: str, 
         assert -0.1 < multi_sample_bound(found, posterior) <= 0.0
     else:
         assert np.abs(found - posterior).max() < 0.02
-    stuck, _ = trained_guide(engine, ELBO(gradient=ScoreFunction(baseline="none")), 350, seed=0)
-    assert np.abs(stuck - posterior).max() > 0.9
+    assert np.abs(guide_of_the_plain_score(engine) - posterior).max() > 0.9
 
 
 # --- control variates that are trained on the variance -----------------------------------------------------------

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from compile_once import as_users_run_it, compile_once  # noqa: F401
+from as_users import as_users_run_it  # noqa: F401
 from matplotlib import pyplot
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

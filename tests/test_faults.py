@@ -180,7 +180,7 @@ if __name__ == "__main__":
 # --- the tests ------------------------------------------------------------------------------------------------------
 
 import pytest  # noqa: E402
-from compile_once import as_users_run_it, compile_once  # noqa: E402, F401
+from as_users import as_users_run_it  # noqa: E402, F401
 from programs import data, program  # noqa: E402
 
 from elbozoo.inference import (  # noqa: E402

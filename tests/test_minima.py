@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compile_once import as_users_run_it, compile_once  # noqa: F401
+from as_users import as_users_run_it  # noqa: F401
 from test_starts import AXES, DATA, EIGENVALUES, MEAN, S2, Falling, log_likelihood
 
 from elbozoo.inference import ELBO, Collapsed, Course, Run, fit, local_minima

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compile_once import as_users_run_it, compile_once  # noqa: F401
+from as_users import as_users_run_it  # noqa: F401
 from matplotlib.figure import Figure
 from oracles import library
 
