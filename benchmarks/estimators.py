@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -288,7 +288,7 @@ def training(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
     }
 
 
-def landed(config: Config, run: Any, test: np.ndarray) -> dict[str, float]:
+def landed(config: Config, run: Any, test: np.ndarray) -> dict[str, Any]:
     """What a trained model is worth on held-out data, nats per datum."""
     found = evaluate(run.program, test, num_particles=config.num_particles)
     return {
@@ -359,10 +359,10 @@ def states(config: Config, cell: Cell, train: np.ndarray, scratch: Path) -> dict
     spec = spec_of(config, model, train.shape[1])
     pieces = max(2, config.num_steps // PIECE)
     settings: dict[str, Any] = {"objective": every[REFERENCE[model in CONTINUOUS]], "batch_size": config.batch_size}
-    settings |= {"learning_rate": config.learning_rate, "progress": False, "directory": scratch / "state"}
+    settings |= {"learning_rate": config.learning_rate, "progress": False}
     states: dict[str, Any] = {}
     for stage, epochs, steps in (("start", 1, 1), ("middle", pieces // 2, PIECE), ("end", pieces, PIECE)):
-        place = settings | {"directory": scratch / f"state-{steps}"}
+        place: dict[str, Any] = settings | {"directory": scratch / f"state-{steps}"}
         run = fit(getattr(spec, cell["engine"])(), train, epochs=epochs, epoch_steps=steps, resume=True, **place)
         states[stage] = run.program
     return states
@@ -430,7 +430,7 @@ def _iwae(log_weights: np.ndarray, k: int) -> np.ndarray:
 # --- what is claimed, and whether it held -------------------------------------------------------------------------
 
 
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
+def slope(x: Any, y: Any) -> float:
     """Of log y against log x, by least squares."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 

@@ -212,7 +212,8 @@ def _measured(grid: Grid, cells: list[Cell], jobs: int, backend: str) -> Iterabl
     try:
         with parallel_config(backend=backend, n_jobs=jobs):
             unordered = {"return_as": "generator_unordered"} if backend == "loky" else {}
-            yield from Parallel(**unordered)(delayed(_measure_one)(*task) for task in tasks)
+            found: Any = Parallel(**unordered)(delayed(_measure_one)(*task) for task in tasks)
+            yield from found
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -35,6 +35,7 @@ import tyro
 from elbozoo.benchmarks.records import Record
 from elbozoo.inference import ELBO, IWAE, Adam, fit
 from elbozoo.inference.data import batches
+from elbozoo.inference.streams import InMemory
 from elbozoo.inference.training import _Loop
 from elbozoo.zoo import MLP, VAE
 
@@ -104,8 +105,8 @@ def ours(engine: str, spec: VAE, x: np.ndarray, k: int, batch: int = BATCH, repl
     trainer = import_module(f"elbozoo.inference.{engine}_trainer").Trainer(
         program, objective, Adam(), (x,), batch_size=batch, seeds=seeds, redraw_pixels=False, device=None
     )
-    loop = _Loop(trainer, objective, {}, seeds, None)
-    return lambda: loop.run_epoch(len(x), batch)
+    source = InMemory(program, x, batch, "none")
+    return _Loop(trainer, source, objective, {}, seeds, None).run_epoch
 
 
 def hand_written_jax(x: np.ndarray, k: int) -> Callable[[], None]:

@@ -71,8 +71,8 @@ def moments(
         return total / count, mean, jax.tree.map(lambda s: s / (count - 1.0), squares)
 
     bound, mean, variance = run(others, own, mutable)
-    flat = [{n: _flat(v) for n, v in found.items()} for found in (mean, variance)]
-    return float(bound), *flat, program.guide_parameters(args)
+    mean, variance = ({n: _flat(v) for n, v in found.items()} for found in (mean, variance))
+    return float(bound), mean, variance, program.guide_parameters(args)
 
 
 def _at(after: Params, before: Params) -> Params:

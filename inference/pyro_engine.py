@@ -1280,7 +1280,7 @@ class Program:
             model_trace = poutine.trace(poutine.replay(twin.model, guide_trace)).get_trace(*twin._inputs(args))
         names = {id(v): n for n, v in twin._tensors().items()}
         guide, model = (
-            {names[id(twin.store["params"][n])] for n, s in tr.nodes.items() if s["type"] == "param"}
+            {names[id(twin.store["params"][n])] for n, s in tr.nodes.items() if s.get("type") == "param"}
             for tr in (guide_trace, model_trace)
         )
         return frozenset(guide - model)
