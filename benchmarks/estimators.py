@@ -149,8 +149,8 @@ class Config:
     particles: int = 16
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     num_steps: int = 1000
-    seconds: float = 3.0
-    most: float = 4.0
+    seconds: float = 2.0
+    most: float = 2.0
     batch_size: int = 64
     learning_rate: float = 1e-3
     latent_dim: int = 16
