@@ -9,12 +9,17 @@ objectives of a model: signal-to-noise, variance and bias of the gradient on one
 the guide's. *Laws*: the gap of IWAE and the signal-to-noise of its gradients against K.
 
     python benchmarks/estimators.py --data-dir DIR
+    elbozoo bench --program my_module:make_program --data my.npy
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import inspect
 import itertools
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from elbozoo.benchmarks.datasets import load
+from elbozoo.benchmarks.datasets import load, load_array
 from elbozoo.benchmarks.grid import Cell, Grid, result, write_result
 from elbozoo.benchmarks.records import compiled_once
 from elbozoo.inference import (
@@ -55,7 +60,10 @@ from elbozoo.inference import (
     evaluate,
     fit,
     gradient_noise,
+    storage,
 )
+from elbozoo.inference.errors import must
+from elbozoo.inference.parts import one_of
 from elbozoo.inference.shapes import Shape
 from elbozoo.zoo import MLP, VAE, CategoricalVAE, HierarchicalVAE, SigmoidBeliefNet, Spec
 
@@ -102,9 +110,14 @@ def objectives(num_particles: int, warmup: float) -> dict[str, Objective]:
     }
 
 
-CONTINUOUS = ("vae", "hierarchy")
 REFERENCE = {True: "elbo", False: "nvil"}
 """By whether the sites are reparameterised: what a model's states are trained by, and what others are compared with."""
+
+LAWFUL = ("vae",)
+"""The models whose laws are measured."""
+
+OWN = "program"
+"""The model's name where it is the user's own."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,9 @@ class Config:
     """Settings of the benchmark.
 
     Args:
-        data: data sets.
+        data: data sets by name; an .npy file, of which the last rows are held out, for a program of your own.
+        program: a program of your own in place of the models: "module:function", where the function returns a Program
+            of either engine.
         data_dir: folder with the files; ELBOZOO_DATA or a download otherwise.
         engines: numpyro, pyro.
         models: names from the list of the script.
@@ -141,6 +156,7 @@ class Config:
     """
 
     data: tuple[str, ...] = ("digits", "mnist")
+    program: str | None = None
     data_dir: Path | None = None
     engines: tuple[Literal["numpyro", "pyro"], ...] = ("numpyro", "pyro")
     models: tuple[str, ...] = MODELS
@@ -184,22 +200,61 @@ def spec_of(config: Config, model: str, data_dim: int) -> Spec:
     return CategoricalVAE(data_dim, max(1, dim // 2), 8, MLP((hidden, hidden)))
 
 
-def fitting(config: Config, model: str) -> dict[str, Objective]:
-    """The objectives that fit a model, among those that are asked for."""
+def build(config: Config, engine: str, model: str, data_dim: int) -> Any:
+    """An untrained program."""
+    if model == OWN:
+        return own_program(config)
+    return getattr(spec_of(config, model, data_dim), engine)()
+
+
+def own_program(config: Config) -> Any:
+    """The program that ``module:function`` makes. Raises: InvalidArgument naming what is wrong with it."""
+    name, todo = config.program or "", "Write a function that returns elbozoo's Program around your model and guide"
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise must("program", 'be "module:function"', repr(name), "Pass my_module:make_program")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the folder that the command is run in
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise must("program", "be a function that can be imported", f"{name!r} ({error})", todo) from error
+    found = make()
+    if getattr(found, "engine", None) not in ("numpyro", "pyro"):
+        raise must("program", "be made as a Program", f"{type(found).__name__} from {name}", todo)
+    return found
+
+
+def source_of(program: str) -> str:
+    """A digest of the module of ``module:function``."""
+    path = inspect.getsourcefile(importlib.import_module(program.partition(":")[0]))
+    return hashlib.sha256(Path(path or "").read_bytes()).hexdigest()[:16] if path else ""
+
+
+def fitting(config: Config, model: str, x: np.ndarray | None = None) -> dict[str, Objective]:
+    """The objectives that fit a model, among those that are asked for: asked of the objectives themselves."""
+    if model == OWN:
+        x = images(config, config.data[0])[0][:2] if x is None else x[:2]
+        return _fitting(config, initialised(own_program(config), x), x)
+    return _fitting(config, _small(config.engines[0], model, config.latent_dim), np.ones((2, 6)))
+
+
+def _fitting(config: Config, program: Any, x: np.ndarray) -> dict[str, Objective]:
     given = objectives(config.particles, config.num_steps / 2)
     wanted = config.objectives or tuple(given)
-    return {name: given[name] for name in wanted if _fits(config, model, name)}
+    for name in wanted:
+        one_of("objectives", name, tuple(given))
+    # The estimators of discrete sites do for others too, but nobody would choose them.
+    smooth = may_train(program, x, ELBO())
+    return {
+        name: given[name] for name in wanted if _smooth(given[name]) == smooth and may_train(program, x, given[name])
+    }
 
 
-def _fits(config: Config, model: str, name: str) -> bool:
-    """Whether an objective may train a model: asked of the objective itself, on one particle's sites."""
-    objective = objectives(config.particles, config.num_steps / 2)[name]
-    plain = isinstance(getattr(objective, "gradient", None), Pathwise | STL | DReG)
-    if model not in CONTINUOUS and (plain or isinstance(objective, Shape)):
-        return False
-    if model in CONTINUOUS and not (plain or isinstance(objective, Shape) or name == "tvo"):
-        return False  # the estimators of discrete sites: many would do, none would be chosen
-    return may_train(_small(config.engines[0], model, config.latent_dim), np.ones((2, 6)), objective)
+def _smooth(objective: Objective) -> bool:
+    """Whether an objective is for reparameterised sites."""
+    plain = isinstance(getattr(objective, "gradient", None), Pathwise | STL | DReG | Covariance)
+    return plain or isinstance(objective, Shape)
 
 
 def may_train(program: Any, x: np.ndarray, objective: Objective) -> bool:
@@ -221,6 +276,7 @@ def _small(engine: str, model: str, latent_dim: int) -> Any:
 def initialised(program: Any, x: np.ndarray) -> Any:
     """An untrained program with its initial weights."""
     if program.engine == "pyro":
+        program.materialise((x,))
         return program
     import jax
 
@@ -228,8 +284,17 @@ def initialised(program: Any, x: np.ndarray) -> Any:
     return program.with_params(params, mutable)
 
 
+def is_smooth(config: Config, model: str) -> bool:
+    """Whether a model's sites are reparameterised."""
+    return all(_smooth(objective) for objective in fitting(replace(config, objectives=()), model).values())
+
+
 def images(config: Config, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out images, binarised: each pixel once, with its grey as mean."""
+    """Training and held-out data; of a named set the pixels are binarised, each once, with its grey as mean."""
+    if config.program is not None:
+        rows = load_array(Path(name))
+        held_out = min(config.num_test, max(1, len(rows) // 10))
+        return rows[:-held_out][: config.num_train], rows[-held_out:]
     data = load(name, data_dir=config.data_dir)
     draw = np.random.default_rng(20_251)
     train, test = data.train[: config.num_train], data.test[: config.num_test]
@@ -249,12 +314,12 @@ def measure(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
 def training(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
     """Where an objective lands after so many steps, and after so many seconds."""
     train, test = images(config, cell["data"])
-    spec, objective = spec_of(config, cell["model"], train.shape[1]), fitting(config, cell["model"])[cell["objective"]]
+    objective = fitting(config, cell["model"], train)[cell["objective"]]
     settings = {"objective": objective, "batch_size": config.batch_size, "epoch_steps": PIECE, "progress": False}
     settings |= {"learning_rate": config.learning_rate}
 
     def program() -> Any:
-        return getattr(spec, cell["engine"])()
+        return build(config, cell["engine"], cell["model"], train.shape[1])
 
     alone = fit(program(), train, epochs=4, **settings)
     step_seconds = min(row["seconds"] for row in alone.history[1:]) / PIECE
@@ -341,7 +406,7 @@ def step_bytes(program: Any, objective: Objective, x: np.ndarray) -> int:
 def gradients(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
     """How noisy each objective's gradient is, and how biased, at three states of one training."""
     train, _ = images(config, cell["data"])
-    model, found = cell["model"], fitting(config, cell["model"])
+    model, found = cell["model"], fitting(config, cell["model"], train)
     x = train[: config.batch_size]
     return {
         "num_draws": config.num_draws,
@@ -356,14 +421,23 @@ def gradients(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
 def states(config: Config, cell: Cell, train: np.ndarray, scratch: Path) -> dict[str, Any]:
     """The model at the start, in the middle and at the end of a training by its reference."""
     model, every = cell["model"], objectives(config.particles, config.num_steps / 2)
-    spec = spec_of(config, model, train.shape[1])
     pieces = max(2, config.num_steps // PIECE)
-    settings: dict[str, Any] = {"objective": every[REFERENCE[model in CONTINUOUS]], "batch_size": config.batch_size}
+    settings: dict[str, Any] = {
+        "objective": every[REFERENCE[is_smooth(config, model)]],
+        "batch_size": config.batch_size,
+    }
     settings |= {"learning_rate": config.learning_rate, "progress": False}
     states: dict[str, Any] = {}
     for stage, epochs, steps in (("start", 1, 1), ("middle", pieces // 2, PIECE), ("end", pieces, PIECE)):
         place: dict[str, Any] = settings | {"directory": scratch / f"state-{steps}"}
-        run = fit(getattr(spec, cell["engine"])(), train, epochs=epochs, epoch_steps=steps, resume=True, **place)
+        run = fit(
+            build(config, cell["engine"], model, train.shape[1]),
+            train,
+            epochs=epochs,
+            epoch_steps=steps,
+            resume=True,
+            **place,
+        )
         states[stage] = run.program
     return states
 
@@ -372,10 +446,11 @@ def noises(config: Config, model: str, program: Any, x: np.ndarray, wanted: Mapp
     """The gradient's figures by objective; the bias of those whose bound has an unbiased reference."""
     found: dict[str, Any] = {}
     references: dict[str, Any] = {}
+    smooth = is_smooth(config, model)
     for name, objective in wanted.items():
         noise = gradient_noise(program, x, objective, num_draws=config.num_draws, step=config.num_steps)
         row = {"num_particles": objective.num_particles, "value": noise.bound}
-        reference = reference_of(config, model, objective)
+        reference = reference_of(config, smooth, objective)
         if reference is not None:
             key = repr(reference)
             if key not in references:
@@ -389,12 +464,12 @@ def noises(config: Config, model: str, program: Any, x: np.ndarray, wanted: Mapp
     return found
 
 
-def reference_of(config: Config, model: str, objective: Objective) -> Objective | None:
+def reference_of(config: Config, smooth: bool, objective: Objective) -> Objective | None:
     """An unbiased estimator of the same bound, another than the objective where there is one; None under a shape."""
     if isinstance(objective, ELBO):
-        return ELBO(gradient=Pathwise() if model in CONTINUOUS else NVIL())
+        return ELBO(gradient=Pathwise() if smooth else NVIL())
     if type(objective) is IWAE:
-        return IWAE(config.particles, Pathwise() if model in CONTINUOUS else VIMCO())
+        return IWAE(config.particles, Pathwise() if smooth else VIMCO())
     return None
 
 
@@ -482,9 +557,15 @@ def claims(cells: Mapping[str, Any]) -> dict[str, bool]:
 
 def grid_of(config: Config) -> Grid:
     """The cells that the settings ask for."""
+    own: dict[str, Any] = {}
+    if config.program is not None:
+        program = own_program(config)
+        config = replace(config, models=(OWN,), engines=(program.engine,))
+        # what the figures depend on, beside the library: no part of the cell's name, being no text
+        own = {"own": {"program": source_of(config.program), "data": storage.checksum(images(config, config.data[0]))}}
     cells: list[dict[str, Any]] = []
     for data, engine in itertools.product(config.data, config.engines):
-        place = {"data": data, "engine": engine}
+        place = {"data": data, "engine": engine, **own}
         for model in config.models:
             if "training" in config.kinds:
                 for name in fitting(config, model):
@@ -493,8 +574,9 @@ def grid_of(config: Config) -> Grid:
             if "gradients" in config.kinds:
                 chosen = {"objectives": list(fitting(config, model))}
                 cells.append({"kind": "gradients", **place, "model": model, **chosen})
-        if "laws" in config.kinds and "vae" in config.models:
-            cells.append({"kind": "laws", **place, "model": "vae"})
+        cells += [
+            {"kind": "laws", **place, "model": m} for m in config.models if "laws" in config.kinds and m in LAWFUL
+        ]
     return Grid(__doc__ or "", measure, config, cells, config.engines, config.cells, AXES)
 
 
