@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elbozoo.benchmarks import hierarchy as hierarchy_script
+from elbozoo.benchmarks.estimators import slopes as estimator_slopes
 from elbozoo.benchmarks.guides import FAMILIES, LOCAL, ORDER, amortisation, gap, interval
 from elbozoo.benchmarks.iwae_mnist import PUBLISHED
 from elbozoo.benchmarks.semi_supervised import published
@@ -345,6 +346,92 @@ def hierarchy_figure(record: dict[str, Any]) -> Figure:
 
 
 # --- depth ----------------------------------------------------------------------------------------------------------
+
+
+def estimators(record: dict[str, Any]) -> str:
+    """Where each objective lands, what it costs and how noisy its gradient is; then the laws."""
+    cells = list(record["cells"].values())
+    parts = []
+    for key, group in itertools.groupby(cells, lambda c: (c["data"], c["engine"], c["model"])):
+        here = list(group)
+        trained = {c["objective"]: c for c in here if c["kind"] == "training"}
+        noise = next((c for c in here if c["kind"] == "gradients"), None)
+        name = ", ".join(key)
+        if trained:
+            parts += [f"**{name}: training.** {_estimators_caption(record, trained)}", _landed(trained)]
+        if noise is not None:
+            said = f"{noise['num_draws']} gradients of one batch of {noise['batch_size']} at each state"
+            parts += [f"**{name}: gradients.** {said}.", _noises(noise["stages"])]
+    laws = [c for c in cells if c["kind"] == "laws"]
+    if laws:
+        rows = []
+        for cell in laws:
+            power = estimator_slopes(cell)
+            rows.append([cell["data"], cell["engine"], *(f"{power[n]:.2f}" for n in power)])
+        head = ["data", "engine", *(f"{n}" for n in estimator_slopes(laws[0]))]
+        parts += ["**Laws**: exponents in K, of IWAE's gap and of the gradients' signal-to-noise.", table(head, rows)]
+    return "\n\n".join(parts)
+
+
+def _estimators_caption(record: dict[str, Any], trained: dict[str, Any]) -> str:
+    config, one = record["config"], next(iter(trained.values()))
+    return (
+        f"{len(one['seeds'])} seeds; {one['steps']['steps'][0]} steps of {config['batch_size']}, and as many as fit into"
+        f" {config['seconds']:g} s of one run (compilation aside; at most {config['most']:g} times as many). NLL by"
+        f" importance sampling, K = {one['nll_particles']}, of {config['num_test']} held-out images; ± is half of the"
+        " 95 % interval over the seeds, of the difference to the first row paired by seed."
+    )
+
+
+def _landed(trained: dict[str, Any]) -> str:
+    """A row for each objective."""
+    first = next(iter(trained.values()))
+    rows = []
+    for name, cell in trained.items():
+        row = [
+            name,
+            str(cell["num_particles"]),
+            f"{1e3 * cell['step_seconds']:.2f}",
+            f"{cell['step_bytes'] / 1024:.0f}",
+        ]
+        for when in ("steps", "time"):
+            landed = {n: np.array(v, float) for n, v in cell[when].items()}
+            paired = landed["nll"] - np.array(first[when]["nll"], float)
+            row += [_plus_minus(landed["nll"]), "" if cell is first else _plus_minus(paired)]
+            row += [f"{landed['steps'].mean():.0f}"] if when == "time" else []
+        ends = {n: np.array(v, float).mean() for n, v in cell["time"].items()}
+        rows.append([*row, f"{ends['gap']:.2f}", f"{ends['rate']:.2f}", f"{ends['active_units']:.1f}"])
+    head = ["objective", "K", "ms/step", "KiB/step", "NLL after the steps", "difference", "NLL after the time"]
+    return table([*head, "difference", "steps", "log p - ELBO", "rate", "active units"], rows)
+
+
+def _plus_minus(x: np.ndarray) -> str:
+    mean, half = interval(x)
+    return f"{mean:.2f} ± {half:.2f}"
+
+
+def _noises(stages: dict[str, Any]) -> str:
+    """A row for each objective: signal-to-noise, variance and bias, at each state."""
+    rows = []
+    for name in stages["end"]:
+        row = [name, str(stages["end"][name]["num_particles"])]
+        for part in ("guide", "model"):
+            row.append(" / ".join(_short(stages[stage][name][part]["snr"]) for stage in stages))
+        end = stages["end"][name]["guide"]
+        row += [_short(end["variance"])]
+        if "bias" in end:
+            seen = end["bias"] is not None and end["bias"] > 2 * end["bias_resolution"]
+            row.append(f"{end['bias']:.0%}" if seen else f"below {2 * end['bias_resolution']:.0%}")
+        else:
+            row.append("")
+        rows.append(row)
+    when = " / ".join(stages)
+    head = ["objective", "K", f"SNR of the guide's, {when}", "SNR of the model's", "variance of the guide's, end"]
+    return table([*head, "bias of the guide's, end"], rows)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
 
 
 def depth(record: dict[str, Any]) -> str:
@@ -787,6 +874,7 @@ WRITERS = {
     "codes": codes,
     "depth": depth,
     "discrete": discrete,
+    "estimators": estimators,
     "guides": guides,
     "hierarchy": hierarchy,
     "instruments": instruments,
