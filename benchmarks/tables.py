@@ -376,8 +376,8 @@ def estimators(record: dict[str, Any]) -> str:
 def _estimators_caption(record: dict[str, Any], trained: dict[str, Any]) -> str:
     config, one = record["config"], next(iter(trained.values()))
     return (
-        f"{len(one['seeds'])} seeds; {one['steps']['steps'][0]} steps of {config['batch_size']}, and as many as fit into"
-        f" {config['seconds']:g} s of one run (compilation aside; at most {config['most']:g} times as many). NLL by"
+        f"{len(one['seeds'])} seeds; {one['steps']['steps'][0]} steps of {config['batch_size']}, and as many as fit"
+        f" into {config['seconds']:g} s of one run (compilation aside; at most {config['most']:g} times as many). NLL by"
         f" importance sampling, K = {one['nll_particles']}, of {config['num_test']} held-out images; ± is half of the"
         " 95 % interval over the seeds, of the difference to the first row paired by seed."
     )
