@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 """Where a checkout has them."""
 
 LONG_TEXT = 60
-"""Characters above which a text is no column (pictures are kept as text)."""
+"""Characters at which a text is cut in a table. One without a space before it (a picture, say) is no column."""
 
 ASIDE = ("kind", "run.code")
 """What is in the record alone."""
@@ -43,7 +44,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure as it is shown, and what it is sorted by: a number, or a text."""
+    """A figure as it is shown, and what it is sorted by: a number (nan for one that is missing), or a text."""
 
     text: str
     key: float | str
@@ -60,10 +61,32 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Cells with the same kind of figures."""
+    """Cells with the same kind of figures: the columns that tell them apart, and what is the same in all of them."""
 
     columns: Sequence[str]
     rows: Sequence[Row]
+
+    @property
+    def shared(self) -> dict[str, Entry]:
+        """Columns in which all rows, where there are several, have one entry."""
+        if len(self.rows) < 2:
+            return {}
+        first, *others = (row.entries for row in self.rows)
+        return {c: first[c] for c in self.columns if c in first and all(o.get(c) == first[c] for o in others)}
+
+    @property
+    def telling(self) -> list[str]:
+        """The other columns."""
+        return [column for column in self.columns if column not in self.shared]
+
+    @property
+    def note(self) -> str:
+        """What all rows share, in words."""
+        return "; ".join(f"{column}: {entry.text}" for column, entry in self.shared.items())
+
+    def is_text(self, column: str) -> bool:
+        """Whether a column holds texts."""
+        return any(isinstance(row.entries[column].key, str) for row in self.rows if column in row.entries)
 
 
 def committed() -> list[Path]:
@@ -126,7 +149,8 @@ def _lines(cell: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     axes = {name: value for name, value in cell.items() if name not in ("stages", "run")}
     for stage, objectives in cell["stages"].items():
         for objective, figures in _dict(objectives).items():
-            yield {**axes, "stage": stage, "objective": objective, **_dict(figures), "run": cell.get("run", {})}
+            of_part = {f"{n} gradient" if isinstance(v, dict) else n: v for n, v in _dict(figures).items()}
+            yield {**axes, "stage": stage, "objective": objective, **of_part, "run": cell.get("run", {})}
 
 
 def _entries(line: Mapping[str, Any], num_seeds: int | None) -> Iterator[tuple[str, Entry]]:
@@ -151,9 +175,10 @@ def _entry(name: str, value: Any, num_seeds: int | None) -> Entry | None:
     if _is_number(value):
         return Entry(number(value), value)
     if isinstance(value, str):
-        return Entry(value, value) if len(value) <= LONG_TEXT else None
+        short = textwrap.shorten(value, LONG_TEXT, placeholder=" …")
+        return None if short == "…" else Entry(short, value[:LONG_TEXT])
     if value is None:
-        return Entry("–", "")
+        return Entry("–", math.nan)
     if not isinstance(value, list) or not value:
         return None
     if name == "seeds" or all(isinstance(v, str) for v in value):
@@ -171,7 +196,7 @@ def _mean(values: list[float | None]) -> Entry:
     there = [float(v) for v in values if v is not None and math.isfinite(v)]
     count = f"n = {len(there)}" + (f" of {len(values)}" if len(there) < len(values) else "")
     if not there:
-        return Entry(f"– ({count})", "")
+        return Entry(f"– ({count})", math.nan)
     mean = math.fsum(there) / len(there)
     if len(there) == 1:
         return Entry(f"{number(mean)} ({count})", mean)
@@ -295,6 +320,8 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def _markdown_table(table: Table) -> str:
-    rows = [[row.name, *(row.entries[c].text if c in row.entries else "" for c in table.columns)] for row in table.rows]
-    lines = [["cell", *table.columns], ["---"] * (1 + len(table.columns)), *rows]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    columns = table.telling
+    rows = [[row.name, *(row.entries[c].text if c in row.entries else "" for c in columns)] for row in table.rows]
+    lines = [["cell", *columns], ["---"] * (1 + len(columns)), *rows]
+    text = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    return f"In all rows: {table.note}.\n\n{text}" if table.note else text

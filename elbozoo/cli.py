@@ -581,11 +581,32 @@ class BenchReport:
             say(f"Tables: {self.markdown}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchList:
+    """Name benchmarks' result files, what each asks, and how many of its claims hold.
+
+    Args:
+        results: result files (JSON); those in benchmarks/results of the checkout if left out.
+    """
+
+    results: Results = ()
+
+    def __call__(self, command: str) -> None:
+        from elbozoo import bench_report
+
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for found in [bench_report.read(path) for path in self.results or bench_report.committed()]:
+            checks = list(found.content.get("checks", {}).values())
+            held = f"{sum(checks)} of {len(checks)} hold" if checks else ""
+            table.add_row(*map(escape, (found.name, held, found.content["question"])))
+        out.print(table)
+
+
 class Bench:
-    """Commands about benchmarks."""
+    """Commands about benchmarks: their results, and a page of them."""
 
 
-BENCH: dict[str, type] = {"report": BenchReport}
+BENCH: dict[str, type] = {"report": BenchReport, "list": BenchList}
 """The commands of ``elbozoo bench``."""
 
 

@@ -666,7 +666,7 @@ def nll_against_seconds(cells: Sequence[Mapping[str, Any]]) -> Figure | None:
             and one of time (``"time"``) made of each seed: lists ``"nll"`` and ``"seconds"``.
 
     Returns: points of means over seeds with their standard errors, filled under the budget of steps, hollow under that
-        of time; those of one objective are joined in the order of K. None where there is no such cell.
+        of time, larger for larger K; those of one objective are joined in its order. None where there is no such cell.
     """
     found = [cell for cell in cells if cell.get("kind") == "training"]
     points: dict[str, dict[str, dict[str, list[tuple[int, list[float]]]]]] = {}
@@ -681,27 +681,27 @@ def nll_against_seconds(cells: Sequence[Mapping[str, Any]]) -> Figure | None:
         return None
     figure, panels = _panels(len(points), columns=3, width=3.6, height=3.2)
     names = list(dict.fromkeys(name for series in points.values() for name in series))
+    rows = [
+        row for series in points.values() for budgets in series.values() for rows in budgets.values() for row in rows
+    ]
+    sizes = {k: 4.0 + 2.0 * i for i, k in enumerate(sorted({k for k, _ in rows}))}
     for axes, (title, series) in zip(panels, points.items(), strict=True):
         for name, budgets in series.items():
             style = _mark(names.index(name))
             for budget, rows in budgets.items():
                 particles, means = zip(*sorted(rows), strict=True)
-                x, y, error = zip(*means, strict=True)
-                face = style["color"] if budget == "steps" else "white"
-                axes.errorbar(x, y, error, markerfacecolor=face, **style)
-                for k, *at in zip(particles, x, y, strict=True):
-                    if len(set(particles)) > 1:
-                        axes.annotate(f"{k}", at, textcoords="offset points", xytext=(5, 4), fontsize=7, color="0.3")
-        axes.set(title=title, xlabel="seconds of training", ylabel="NLL, nats per datum", xscale="log")
+                axes.errorbar(*zip(*means, strict=True), **{**style, "marker": ""})
+                filled = style["color"] if budget == "steps" else "white"
+                for k, (x, y, _) in zip(particles, means, strict=True):
+                    axes.plot(x, y, **{**style, "markersize": sizes[k], "markerfacecolor": filled})
+        axes.set(xlabel="seconds of training", ylabel="NLL, nats per datum", xscale="log")
+        axes.set_title(title, fontsize=9)
         _plain_ticks(axes.xaxis)
         axes.grid(color="0.9")
     handles = [Line2D([], [], label=name, **_mark(i)) for i, name in enumerate(names)]
-    hollow = {"color": DARK, "marker": "o", "linestyle": "", "markersize": 5}
-    handles += [
-        Line2D([], [], label="one number of steps", **hollow),
-        Line2D([], [], label="one time", markerfacecolor="white", **hollow),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    said = "filled: one number of steps; hollow: one time"
+    said += f"\nsmall to large: K = {', '.join(map(str, sizes))}" if len(sizes) > 1 else ""
+    _legend(figure, handles, len(panels), said)
     return figure
 
 
@@ -736,9 +736,10 @@ def signal_to_noise(cells: Sequence[Mapping[str, Any]]) -> Figure | None:
         axes.set(xlabel="K", ylabel="signal-to-noise", xscale="log", yscale="log")
         axes.set_title(title, fontsize=9)
         _plain_ticks(axes.xaxis)
+        _plain_ticks(axes.yaxis)
         axes.grid(color="0.9")
     handles = [Line2D([], [], label=name, **_mark(i)) for i, name in enumerate(names)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    _legend(figure, handles, len(panels))
     return figure
 
 
@@ -757,9 +758,17 @@ def _mark(i: int) -> dict[str, Any]:
     return {**style, "marker": MARKERS[(i + round_) % len(MARKERS)], "markersize": 5, "linewidth": 1.1}
 
 
+def _legend(figure: Figure, handles: list[Line2D], panels: int, title: str = "") -> None:
+    """One legend for all panels, as wide as they are."""
+    columns = min(len(handles), 3 * min(panels, 3))
+    look = {"frameon": False, "fontsize": 8, "title_fontsize": 8}
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, title=title, **look)
+
+
 def _plain_ticks(axis: Any) -> None:
     """A logarithmic axis in plain numbers, few enough to be read."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 500 * low else (1.0,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
