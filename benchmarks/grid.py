@@ -267,7 +267,8 @@ def _measured(grid: Grid, cells: list[Cell], jobs: int, backend: str) -> Iterabl
     try:
         with parallel_config(backend=backend, n_jobs=jobs):
             unordered = {"return_as": "generator_unordered"} if backend == "loky" else {}
-            yield from Parallel(**unordered)(calls)
+            finished: Any = Parallel(**unordered)(calls)
+            yield from finished
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -161,9 +161,8 @@ def _entries(line: Mapping[str, Any], num_seeds: int | None) -> Iterator[tuple[s
     for name, value in flat.items():
         if name in ASIDE or (_is_number(flat.get(name.removesuffix("_se"))) and name.endswith("_se")):
             continue
-        error = flat.get(f"{name}_se")
-        if _is_number(value) and _is_number(error):
-            yield name, Entry(with_error(value, error), value)
+        if _is_number(value) and _is_number(flat.get(f"{name}_se")):
+            yield name, Entry(with_error(value, flat[f"{name}_se"]), value)
         elif (entry := _entry(name, value, num_seeds)) is not None:
             yield name, entry
 

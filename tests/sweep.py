@@ -1,6 +1,7 @@
 """Measurements for the tests of grids, in a module that workers find by its name; and a nursery of sweeps to kill.
 
-python tests/sweep.py FOLDER SEED KILLS
+python tests/sweep.py killed FOLDER SEED KILLS
+python tests/sweep.py ray FOLDER
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from elbozoo.benchmarks.grid import Cell, Grid, name_of
+from elbozoo.benchmarks.grid import Cell, CellsFailed, Grid, name_of
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,17 @@ def grid(folder: Path, kinds: dict[str, int], **options: Any) -> Grid:
     return Grid("Q?", measure, config, cells, (), folder / "cells", axes=("numbers",))
 
 
+def spread(folder: Path) -> Grid:
+    """Cells that say which process measured them."""
+    folder.mkdir()
+    return Grid("Q?", where, Config(folder=folder), [{"number": i} for i in range(4)], (), folder)
+
+
+def figures(of: Grid) -> list[Any]:
+    """What was measured, in the grid's order, without the seconds; None for what was not."""
+    return [None if (record := of.read(cell)) is None else record["figures"] for cell in of.cells]
+
+
 # --- the nursery ----------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +154,7 @@ def kill_after(pid: int, changes: int, delay: float, folder: Path) -> bool:
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
-def main(folder: Path, seed: int, kills: int) -> dict[str, Any]:
+def sweep_and_kill(folder: Path, seed: int, kills: int) -> dict[str, Any]:
     """A sweep that is killed, and one that is not: their figures, and what each life of the first found and began."""
     import numpyro  # noqa: F401  # by the nursery, once
 
@@ -159,10 +171,31 @@ def main(folder: Path, seed: int, kills: int) -> dict[str, Any]:
         ended.append(kill_after(pid, int(rng.integers(0, 5)), rng.uniform(0.0, 0.04), folder / "killed"))
         lives.append({"found": before, "began": logged(folder / "killed")[lines:]})
     codes.append(os.waitpid(start(killed), 0)[1])
-    figures = [[(of.read(cell) or {})["figures"] for cell in of.cells] for of in (killed, whole)]
     left = [path.name for path in killed.folder.iterdir() if path.suffix != ".json"]
-    return {"killed": ended, "lives": lives, "codes": codes, "figures": figures, "left": left}
+    return {"killed": ended, "lives": lives, "codes": codes, "figures": [figures(killed), figures(whole)], "left": left}
+
+
+def on_ray(folder: Path) -> dict[str, Any]:
+    """A grid on two workers of Ray and one in this process; and what two workers make of a cell that fails."""
+    import ray
+
+    quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+    ray.init(address="local", num_cpus=2, object_store_memory=80 * 2**20, **quiet)
+    failing, failed = grid(folder, {"fail": 1, "quick": 1}), ""
+    try:
+        two, one = (spread(folder / name) for name in ("two", "one"))
+        two.run(jobs=2, backend="ray", progress=False)
+        failing.run(jobs=2, backend="ray", progress=False)
+    except CellsFailed as error:
+        failed = str(error)
+    finally:
+        ray.shutdown()
+    one.run(progress=False)
+    found = {"figures": [figures(two), figures(one)], "beside": figures(failing), "failed": failed}
+    return {**found, "process": os.getpid()}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    what, where_to, *numbers = sys.argv[1:]
+    done = {"killed": sweep_and_kill, "ray": on_ray}[what](Path(where_to), *map(int, numbers))
+    print(json.dumps(done))

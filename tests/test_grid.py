@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sweep
-from sweep import Config, logged
+from sweep import Config, figures, logged
 
 from elbozoo.benchmarks import grid as grids
 from elbozoo.benchmarks.grid import CellsFailed, Grid, code_version, name_of, plain, result, write_result
@@ -27,11 +27,6 @@ from elbozoo.inference.storage import WriteFailed
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = Path(__file__).resolve().parent
-
-
-def figures(grid: Grid) -> list[Any]:
-    """What was measured, in the grid's order, without the seconds."""
-    return [None if (record := grid.read(cell)) is None else record["figures"] for cell in grid.cells]
 
 
 def run(grid: Grid, **options: Any) -> list[dict[str, Any]]:
@@ -54,7 +49,7 @@ def done(tmp_path: Path) -> Grid:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the nursery forks")
 def test_a_sweep_killed_ten_times_has_the_table_of_one_never_killed(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(TESTS / "sweep.py"), str(tmp_path), "0", "10"]
+    command = [sys.executable, str(TESTS / "sweep.py"), "killed", str(tmp_path), "0", "10"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
@@ -299,48 +294,35 @@ def test_ray_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.M
 # --- spread ---------------------------------------------------------------------------------------------------------
 
 
-def spread(folder: Path, cells: int = 4) -> Grid:
-    """Cells that say which process measured them."""
-    folder.mkdir()
-    numbers = [{"number": i} for i in range(cells)]
-    return Grid("Q?", sweep.where, Config(folder=folder), numbers, (), folder)
-
-
-def assert_spread(grid: Grid, one: Grid) -> None:
-    """Two processes measured a grid, neither of them this one, and found what one process finds."""
-    run(one)
-    processes = {f["process"] for f in figures(grid)}
-    assert len(processes) == 2
-    assert os.getpid() not in processes
-    assert {f["process"] for f in figures(one)} == {os.getpid()}
-    assert [f["figure"] for f in figures(grid)] == [f["figure"] for f in figures(one)] == [0.0, 1.5, 3.0, 4.5]
-
-
 def test_two_processes_make_the_table_of_one(tmp_path: Path):
-    grid = spread(tmp_path / "two")
+    two, one = (sweep.spread(tmp_path / name) for name in ("two", "one"))
     before = {name: os.environ.get(name) for name in ("NPROC", "OMP_NUM_THREADS")}
-    run(grid, jobs=2)
+    run(two, jobs=2)
+    run(one)
     assert {name: os.environ.get(name) for name in before} == before
-    assert_spread(grid, spread(tmp_path / "one"))
+    assert_spread(figures(two), figures(one), os.getpid())
 
 
-def test_two_workers_of_ray_make_the_table_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    ray = pytest.importorskip("ray")
-    path = os.pathsep.join([str(ROOT), str(TESTS)])
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": path}.items():
-        monkeypatch.setenv(name, value)
-    quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
-    ray.init(address="local", num_cpus=2, object_store_memory=80 * 2**20, **quiet)
-    try:
-        grid = spread(tmp_path / "two")
-        run(grid, jobs=2, backend="ray")
-        failing = sweep.grid(tmp_path, {"fail": 1, "quick": 1})
-        with pytest.raises(CellsFailed, match="fail, 0: ZeroDivisionError"):
-            run(failing, jobs=2, backend="ray")
-        assert figures(failing)[1] is not None
-    finally:
-        ray.shutdown()
-    assert_spread(grid, spread(tmp_path / "one"))
+def test_two_workers_of_ray_make_the_table_of_one_process(tmp_path: Path):
+    """In a process of its own: Ray forks, which JAX warns of once it has computed something."""
+    pytest.importorskip("ray")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, str(TESTS / "sweep.py"), "ray", str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert_spread(*found["figures"], found["process"])
+    assert "fail, 0: ZeroDivisionError: of no use" in found["failed"]
+    assert [f is None for f in found["beside"]] == [True, False]
+
+
+def assert_spread(two: list[Any], one: list[Any], here: int) -> None:
+    """Two processes, neither of them ``here``, found what ``here`` found."""
+    processes = {f["process"] for f in two}
+    assert len(processes) == 2
+    assert here not in processes
+    assert {f["process"] for f in one} == {here}
+    assert [f["figure"] for f in two] == [f["figure"] for f in one] == [0.0, 1.5, 3.0, 4.5]
 
 
 # --- the result file ------------------------------------------------------------------------------------------------
