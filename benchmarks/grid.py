@@ -16,9 +16,11 @@ import json
 import math
 import os
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -68,6 +70,12 @@ class Grid:
     folder: Path
     axes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        names = [name_of(cell) for cell in self.cells]
+        if twice := {name for name in names if names.count(name) > 1}:
+            todo = "A cell's name is its texts and numbers, without its lists: give each a name of its own"
+            raise must("cells", "differ in their names", f"{sorted(twice)} more than once", todo)
+
     def about(self, cell: Cell) -> dict[str, Any]:
         """All that a cell's figures depend on, but for the machine."""
         # a folder is not a setting
@@ -76,7 +84,10 @@ class Grid:
         versions = {k: v for engine in self.engines for k, v in environment(engine).items()}
         code = code_version(inspect.getsourcefile(self.measure) or "")
         about = {"cell": dict(cell), "settings": settings, "versions": versions, "code": code}
-        return json.loads(json.dumps({"measure": self.measure.__name__, **about}))
+        try:
+            return json.loads(json.dumps({"measure": self.measure.__name__, **about}))
+        except (TypeError, ValueError) as error:
+            raise must("cells and config", "be JSON values", error, "Name parts by text, not by objects") from error
 
     def address(self, cell: Cell) -> str:
         """The name of a cell's file."""
@@ -116,6 +127,8 @@ class Grid:
                 record = None
             if record is None:
                 found.append(cell)
+            else:  # a process that was killed right after the cell was finished has left this
+                shutil.rmtree(_scratch(self.path(cell)), ignore_errors=True)
         return found
 
     def run(
@@ -135,7 +148,8 @@ class Grid:
             done: called with each new cell and its record.
 
         Raises:
-            CellsFailed: naming cells whose measurement raised, after all others have been measured.
+            CellsFailed: naming cells whose measurement raised, after all others have been measured; or whose worker
+                was killed, at once.
             InvalidArgument, WriteFailed.
         """
         whole_number("jobs", jobs)
@@ -143,12 +157,19 @@ class Grid:
         check_writable(self.folder)
         wanted, failed = self.missing(), []
         with _bar(progress, len(wanted), len(self.cells)) as tick:
-            for cell, error in _measured(self, wanted, jobs, backend):
-                if error:
-                    failed.append(f"{name_of(cell)}: {error}")
-                elif done is not None:
-                    done(cell, self.read(cell) or {})
-                tick(cell)
+            try:
+                for cell, error in _measured(self, wanted, jobs, backend):
+                    if error:
+                        failed.append(f"{name_of(cell)}: {error}")
+                    elif done is not None:
+                        done(cell, self.read(cell) or {})
+                    tick(cell)
+            except BrokenExecutor as error:
+                left = [name_of(cell) for cell in wanted if not self.path(cell).exists()]
+                raise CellsFailed(
+                    f"A worker was killed (out of memory?); {len(left)} of {len(self.cells)} cells are not there, the "
+                    f"others are: {'; '.join(left)}. Run the same again, with fewer jobs."
+                ) from error
         if failed:
             raise CellsFailed(
                 f"{len(failed)} of {len(self.cells)} cells failed, the others are there:\n" + "\n".join(failed)
@@ -183,18 +204,49 @@ def write_result(path: Path, content: Mapping[str, Any]) -> None:
 
 def _measure_one(measure: Measure, config: Any, about: dict[str, Any], path: Path) -> tuple[Cell, str]:
     """Measure a cell and write its file; what went wrong, if anything, in words. Runs in a worker."""
-    cell, scratch = about["cell"], path.with_name(f"{path.stem}-unfinished")
-    scratch.mkdir(parents=True, exist_ok=True)
+    cell, scratch = about["cell"], _scratch(path)
     began = time.perf_counter()
     try:
-        figures = plain(measure(config, cell, scratch))
+        scratch.mkdir(parents=True, exist_ok=True)
+        figures = measure(config, cell, scratch)
+        record = {**about, "machine": machine(), "seconds": time.perf_counter() - began, "figures": _values(figures)}
+        write_atomically(path, json.dumps({**record, "digest": _digest(record)}, indent=1).encode())
     except Exception as error:  # a cell must not take the sweep with it
         return cell, f"{type(error).__name__}: {error}"
-    record = {**about, "machine": machine(), "seconds": time.perf_counter() - began, "figures": figures}
-    record = json.loads(json.dumps(record, allow_nan=False))
-    write_atomically(path, json.dumps({**record, "digest": _digest(record)}, indent=1).encode())
     shutil.rmtree(scratch, ignore_errors=True)
     return cell, ""
+
+
+def _measure_for(parent: int, *task: Any) -> tuple[Cell, str]:
+    """:func:`_measure_one` in a worker of one process, without which it ends: who starts anew meets no one at work."""
+    _end_without(parent)
+    return _measure_one(*task)
+
+
+@cache  # one thread a worker
+def _end_without(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _scratch(path: Path) -> Path:
+    """The folder of a cell's checkpoints, beside its file."""
+    return path.with_name(f"{path.stem}-unfinished")
+
+
+def _values(figures: Any) -> dict[str, Any]:
+    """Figures as they are read back. Raises: InvalidArgument for what is no JSON object."""
+    todo = "Return a dict of numbers, texts, lists and dicts of them"
+    if not isinstance(figures, Mapping):
+        raise must("a cell's figures", "be a dict", type(figures).__name__, todo)
+    try:
+        return json.loads(json.dumps(plain(figures), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise must("a cell's figures", "be JSON values", error, todo) from error
 
 
 def _measured(grid: Grid, cells: list[Cell], jobs: int, backend: str) -> Iterable[tuple[Cell, str]]:
@@ -203,8 +255,11 @@ def _measured(grid: Grid, cells: list[Cell], jobs: int, backend: str) -> Iterabl
     if jobs == 1 and backend == "loky":
         yield from (_measure_one(*task) for task in tasks)
         return
-    if backend == "ray":
+    if backend == "ray":  # which ends the tasks of a process that is gone
         _join_ray()
+        calls = [delayed(_measure_one)(*task) for task in tasks]
+    else:
+        calls = [delayed(_measure_for)(os.getpid(), *task) for task in tasks]
     # Workers that each start a thread a core slow one another down; XLA reads its own variable.
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     before = {name: os.environ.get(name) for name in ("NPROC", "OMP_NUM_THREADS")}
@@ -212,8 +267,8 @@ def _measured(grid: Grid, cells: list[Cell], jobs: int, backend: str) -> Iterabl
     try:
         with parallel_config(backend=backend, n_jobs=jobs):
             unordered = {"return_as": "generator_unordered"} if backend == "loky" else {}
-            found: Any = Parallel(**unordered)(delayed(_measure_one)(*task) for task in tasks)
-            yield from found
+            finished: Any = Parallel(**unordered)(calls)
+            yield from finished
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -221,6 +276,7 @@ def _measured(grid: Grid, cells: list[Cell], jobs: int, backend: str) -> Iterabl
 
 def _join_ray() -> None:
     """Let joblib know Ray. Raises: InvalidArgument where it is not installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of a benchmark unless asked
     try:
         from ray.util.joblib import register_ray
     except ImportError as error:
@@ -265,15 +321,19 @@ def _digest(content: Any) -> str:
 
 @cache
 def code_version(script: str) -> str:
-    """A digest of the library's code and the script's, comments and docstrings aside."""
+    """A digest of the library's code, the data sets' and the script's, comments and docstrings aside."""
     root = Path(__file__).resolve().parents[1]
     library = sorted(path for part in ("zoo", "guides", "inference") for path in (root / part).rglob("*.py"))
     found = hashlib.sha256()
-    for path in (*library, *([Path(script)] if script else [])):
+    for path in (*library, root / "benchmarks" / "datasets.py", *([Path(script)] if script else [])):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
-            match node:
-                case ast.Expr(value=ast.Constant(value=str()) as text):
-                    text.value = ""
+            if isinstance(body := getattr(node, "body", None), list):
+                node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
         found.update(f"{path.name}\n{ast.dump(tree)}\n".encode())
     return found.hexdigest()[:16]
+
+
+def _is_text(line: ast.AST) -> bool:
+    """Whether a statement is a string and nothing else: a docstring, or the like of one below a name."""
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)

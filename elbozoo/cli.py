@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, diagnose, compare, report, list, demo.
+"""The command line: train, evaluate, diagnose, compare, report, bench, list, demo.
 
 The options are the fields of dataclasses, those of the models, objectives, gradients and shapes among them
 (:mod:`elbozoo.options`); their help is the docstrings'.
@@ -30,7 +30,7 @@ from rich.table import Table
 
 from elbozoo import options
 from elbozoo._version import __version__
-from elbozoo.benchmarks import datasets
+from elbozoo.benchmarks import datasets, estimators
 from elbozoo.guides import Family
 from elbozoo.inference import (
     ELBO,
@@ -555,6 +555,85 @@ def save_netcdf(run: Run, data: np.ndarray, num_draws: int, path: Path) -> None:
         storage.write_atomically(path, (Path(folder) / path.name).read_bytes())
 
 
+# --- bench ----------------------------------------------------------------------------------------------------------
+
+Results = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RESULTS", help_behavior_hint="")]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRun(estimators.Config):
+    """Compare the objectives on this machine: where each lands, what it costs, how noisy its gradient is.
+
+    On the models of the zoo, or with --program and --data FILE.npy on a program of your own. A finished cell is never
+    measured twice: stop it and go on at any time.
+
+    Args:
+        cells: folder of the cells' files.
+        results: JSON file to write; `elbozoo bench report` makes a page of it.
+    """
+
+    cells: Path = Path("runs/bench")
+    results: Path = Path("runs/bench.json")
+
+    def __call__(self, command: str) -> None:
+        estimators.main(self)
+        say(f"Figures: {self.results}. Next: elbozoo bench report {shlex.quote(str(self.results))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """Write one HTML page of benchmarks' result files: sortable tables, pictures, and each figure's record.
+
+    Args:
+        results: result files (JSON); those in benchmarks/results of the checkout if left out.
+        out: the page.
+        markdown: a file for the same tables in Markdown.
+    """
+
+    results: Results = ()
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE.html")] = Path("benchmarks.html")
+    markdown: Annotated[Path | None, left_out("FILE.md")] = None
+
+    def __call__(self, command: str) -> None:
+        from elbozoo import bench_report
+
+        found = [bench_report.read(path) for path in self.results or bench_report.committed()]
+        bench_report.write_report(found, self.out)
+        say(f"Report: {self.out}")
+        if self.markdown is not None:
+            storage.write_atomically(self.markdown, bench_report.markdown(found).encode())
+            say(f"Tables: {self.markdown}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchList:
+    """Name benchmarks' result files, what each asks, and how many of its claims hold.
+
+    Args:
+        results: result files (JSON); those in benchmarks/results of the checkout if left out.
+    """
+
+    results: Results = ()
+
+    def __call__(self, command: str) -> None:
+        from elbozoo import bench_report
+
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for found in [bench_report.read(path) for path in self.results or bench_report.committed()]:
+            checks = list(found.content.get("checks", {}).values())
+            held = f"{sum(checks)} of {len(checks)} hold" if checks else ""
+            table.add_row(*map(escape, (found.name, held, found.content["question"])))
+        out.print(table)
+
+
+class Bench:
+    """Compare the objectives on this machine, on a model of the zoo or on a program of your own."""
+
+
+BENCH: dict[str, type] = {"run": BenchRun, "report": BenchReport, "list": BenchList}
+"""The commands of ``elbozoo bench``."""
+
+
 # --- list, demo ---------------------------------------------------------------------------------------------------
 
 KINDS = {"models": Spec, "networks": Network, "likelihoods": Likelihood, "guides": Family, "priors": Prior}
@@ -627,7 +706,7 @@ class Demo:
 
 
 COMMANDS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "diagnose": Diagnose, "compare": Compare}
-COMMANDS |= {"report": Report, "list": List, "demo": Demo}
+COMMANDS |= {"report": Report, "bench": Bench, "list": List, "demo": Demo}
 
 
 def parser() -> Any:
@@ -637,9 +716,15 @@ def parser() -> Any:
         members = ((cls, tyro.conf.subcommand(name, description=text)) for name, (cls, text) in classes.items())
         return reduce(operator.or_, (Annotated[cls, named] for cls, named in members))
 
+    def summaries(classes: Mapping[str, type]) -> dict[str, tuple[type, str]]:
+        return {name: (cls, options.summary(cls)) for name, cls in classes.items()}
+
     models = {name: (train_command(cls), options.summary(cls)) for name, cls in options.choices(Spec).items()}
-    commands = {name: (cls, options.summary(cls)) for name, cls in COMMANDS.items()}
-    return union({**commands, "train": (union(models), options.summary(Train))})
+    groups = {
+        "train": (union(models), options.summary(Train)),
+        "bench": (union(summaries(BENCH)), options.summary(Bench)),
+    }
+    return union({**summaries(COMMANDS), **groups})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -654,11 +739,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv == ["--version"]:
         say(__version__)
         return 0
+    if argv[0] == "bench" and argv[1:2] and argv[1].startswith("--") and argv[1] != "--help":
+        argv.insert(1, "run")  # what `elbozoo bench --program …` asks for
     about = f"elbozoo {__version__}: deep latent-variable models in Pyro and NumPyro, measured in nats."
     try:
-        for word, known in zip(argv, (COMMANDS, options.choices(Spec) if argv[0] == "train" else ()), strict=False):
+        below = {"train": ("model", options.choices(Spec)), "bench": ("command of bench", BENCH)}
+        for word, (what, known) in zip(argv, (("command", COMMANDS), below.get(argv[0], ("", ()))), strict=False):
             if known and not word.startswith("-"):
-                one_of("command" if known is COMMANDS else "model", word, known)
+                one_of(what, word, known)
         config = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
         command = tyro.cli(parser(), prog="elbozoo", description=about, args=argv, config=config)
         with warnings.catch_warnings():

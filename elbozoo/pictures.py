@@ -8,6 +8,7 @@ that says why.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike
 
 from elbozoo.inference import Bottleneck, Calibration, Evaluation, RateDistortion, Run
@@ -651,3 +653,131 @@ def _image_shape(run: Run, data_dim: int) -> tuple[int, int]:
         return math.prod(recorded[:-1]), recorded[-1]
     side = math.isqrt(data_dim)
     return (side, side) if side * side == data_dim and side > 2 else (1, data_dim)
+
+
+# --- benchmarks -------------------------------------------------------------------------------------------------
+
+
+def nll_against_seconds(cells: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """The NLL of training cells against what their training took: a panel a model, data and engine.
+
+    Args:
+        cells: of a benchmark's result file. Those of kind "training" count, with what a budget of steps (``"steps"``)
+            and one of time (``"time"``) made of each seed: lists ``"nll"`` and ``"seconds"``.
+
+    Returns: points of means over seeds with their standard errors, filled under the budget of steps, hollow under that
+        of time, larger for larger K; those of one objective are joined in its order. None where there is no such cell.
+    """
+    found = [cell for cell in cells if cell.get("kind") == "training"]
+    points: dict[str, dict[str, dict[str, list[tuple[int, list[float]]]]]] = {}
+    for cell, budget in ((c, b) for c in found for b in ("steps", "time") if isinstance(c.get(b), Mapping)):
+        nll, seconds = (_finite(cell[budget].get(name)) for name in ("nll", "seconds"))
+        if not len(nll) or not len(seconds):
+            continue
+        mean = [float(np.mean(seconds)), float(np.mean(nll)), _error(nll)]
+        panel = points.setdefault(_panel(cell), {}).setdefault(str(cell.get("objective")), {})
+        panel.setdefault(budget, []).append((int(cell.get("num_particles") or 1), mean))
+    if not points:
+        return None
+    figure, panels = _panels(len(points), columns=3, width=3.6, height=3.2)
+    names = list(dict.fromkeys(name for series in points.values() for name in series))
+    rows = [
+        row for series in points.values() for budgets in series.values() for rows in budgets.values() for row in rows
+    ]
+    sizes = {k: 4.0 + 2.0 * i for i, k in enumerate(sorted({k for k, _ in rows}))}
+    for axes, (title, series) in zip(panels, points.items(), strict=True):
+        for name, budgets in series.items():
+            style = _mark(names.index(name))
+            for budget, rows in budgets.items():
+                particles, means = zip(*sorted(rows), strict=True)
+                axes.errorbar(*zip(*means, strict=True), **{**style, "marker": ""})
+                filled = style["color"] if budget == "steps" else "white"
+                for k, (x, y, _) in zip(particles, means, strict=True):
+                    axes.plot(x, y, **{**style, "markersize": sizes[k], "markerfacecolor": filled})
+        axes.set(xlabel="seconds of training", ylabel="NLL, nats per datum", xscale="log")
+        axes.set_title(title, fontsize=9)
+        _plain_ticks(axes.xaxis)
+        axes.grid(color="0.9")
+    handles = [Line2D([], [], label=name, **_mark(i)) for i, name in enumerate(names)]
+    said = "filled: one number of steps; hollow: one time"
+    said += f"\nsmall to large: K = {', '.join(map(str, sizes))}" if len(sizes) > 1 else ""
+    _legend(figure, handles, len(panels), said)
+    return figure
+
+
+def signal_to_noise(cells: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """The gradients' ratio of signal to noise against K: a panel a part (model, guide), stage of training and setting.
+
+    Args:
+        cells: of a benchmark's result file. Those of kind "gradients" count, with ``"stages"``: by stage and objective
+            ``"num_particles"`` and, of the model's and the guide's gradients, ``"snr"``.
+
+    Returns: lines of one family of objectives in the order of K. None where there is no such cell.
+    """
+    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for cell in cells:
+        if cell.get("kind") != "gradients":
+            continue
+        for part in ("guide", "model"):
+            for stage, objectives in cell.get("stages", {}).items():
+                for name, figures in objectives.items():
+                    k = int(figures.get("num_particles") or 1)
+                    snr = (figures.get(part) or {}).get("snr")
+                    if snr and math.isfinite(snr):
+                        panel = lines.setdefault(f"{part}, {stage}: {_panel(cell)}", {})
+                        panel.setdefault(family(name, k), []).append((k, snr))
+    if not lines:
+        return None
+    figure, panels = _panels(len(lines), columns=3, width=3.6, height=2.9)
+    names = list(dict.fromkeys(name for series in lines.values() for name in series))
+    for axes, (title, series) in zip(panels, lines.items(), strict=True):
+        for name, points in series.items():
+            axes.plot(*zip(*sorted(points), strict=True), **_mark(names.index(name)))
+        axes.set(xlabel="K", ylabel="signal-to-noise", xscale="log", yscale="log")
+        axes.set_title(title, fontsize=9)
+        _plain_ticks(axes.xaxis)
+        _plain_ticks(axes.yaxis)
+        axes.grid(color="0.9")
+    handles = [Line2D([], [], label=name, **_mark(i)) for i, name in enumerate(names)]
+    _legend(figure, handles, len(panels))
+    return figure
+
+
+def family(objective: str, num_particles: int) -> str:
+    """An objective's name without its K: "iwae-5" and "iwae, K=5" are "iwae"."""
+    return re.sub(rf"[-, (]*(K\s*=\s*)?\b{num_particles}\)?$", "", objective) or objective
+
+
+def _panel(cell: Mapping[str, Any]) -> str:
+    return ", ".join(str(cell[name]) for name in ("data", "model", "engine") if cell.get(name))
+
+
+def _mark(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th of up to twenty-five series: the markers go on where the colours start anew."""
+    round_, style = i // len(COLOURS), _stroke(i)
+    return {**style, "marker": MARKERS[(i + round_) % len(MARKERS)], "markersize": 5, "linewidth": 1.1}
+
+
+def _legend(figure: Figure, handles: list[Line2D], panels: int, title: str = "") -> None:
+    """One legend for all panels, as wide as they are."""
+    columns = min(len(handles), 3 * min(panels, 3))
+    look = {"frameon": False, "fontsize": 8, "title_fontsize": 8}
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, title=title, **look)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """A logarithmic axis in plain numbers, few enough to be read."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 500 * low else (1.0,)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _finite(values: Any) -> np.ndarray:
+    """The numbers of a list, or of one number, that are finite."""
+    values = np.ravel(np.array(values if values is not None else [], float))
+    return values[np.isfinite(values)]
+
+
+def _error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

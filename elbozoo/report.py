@@ -89,7 +89,7 @@ def write_report(
 
     Raises: WriteFailed.
     """
-    return _write("report.html.j2", path, **_parts(runs, evaluations, data, paired))
+    return write_page("report.html.j2", path, **_parts(runs, evaluations, data, paired))
 
 
 def write_diagnosis(
@@ -116,7 +116,7 @@ def write_diagnosis(
     Raises: WriteFailed.
     """
     found, gaps = diagnosis.bottleneck, diagnosis.gaps
-    return _write(
+    return write_page(
         "diagnosis.html.j2",
         path,
         **_parts({label: run}, {label: diagnosis.evaluation}, {label: data}, paired=True),
@@ -185,7 +185,8 @@ def _parts(runs: Runs, evaluations: Evaluations, data: Mapping[str, Any], paired
     }
 
 
-def _write(template: str, path: str | Path, **content: Any) -> Path:
+def write_page(template: str, path: str | Path, **content: Any) -> Path:
+    """Fill a template of the package and write the page, whole or not at all. Raises: WriteFailed."""
     loader = FunctionLoader(lambda name: files("elbozoo").joinpath(name).read_text("utf-8"))
     options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     html = Environment(loader=loader, **options).get_template(template).render(**content)

@@ -15,11 +15,22 @@ from as_users import as_users_run_it  # noqa: F401
 from scipy import stats
 
 from elbozoo.benchmarks.records import Record
-from elbozoo.inference.errors import InvalidArgument
+from elbozoo.inference.errors import CorruptFile, InvalidArgument
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_SCRIPTS = {"__init__", "datasets", "records", "tables"}
-SMOKE = ["clusters", "codes", "depth", "discrete", "guides", "hierarchy", "instruments", "iwae_mnist", "local_minima"]
+NOT_SCRIPTS = {"__init__", "datasets", "grid", "papers", "records", "tables"}
+SMOKE = [
+    "clusters",
+    "codes",
+    "depth",
+    "discrete",
+    "estimators",
+    "guides",
+    "hierarchy",
+    "instruments",
+    "iwae_mnist",
+    "local_minima",
+]
 SMOKE += ["overhead", "remedies", "semi_supervised"]
 
 
@@ -51,6 +62,81 @@ def test_tables_are_generated_from_the_results() -> None:
     from elbozoo.benchmarks.tables import PAGE, page
 
     assert PAGE.read_text() == page(), "run python benchmarks/tables.py"
+
+
+@pytest.mark.pyro
+@pytest.mark.numpyro
+def test_published_tables_are_printed() -> None:
+    from elbozoo.benchmarks.papers import PAPERS
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    command = [sys.executable, "benchmarks/papers.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = " ".join(done.stdout.split())
+    for paper in PAPERS:
+        assert paper.source in said
+        assert " ".join(paper.command.split()) in said
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_every_published_table_has_its_script_and_whole_protocol(index: int) -> None:
+    import tyro
+
+    from elbozoo.benchmarks import discrete, hierarchy
+    from elbozoo.benchmarks.papers import PAPERS
+
+    assert len(PAPERS) == 5
+    paper = PAPERS[index]
+    assert (ROOT / "benchmarks" / f"{paper.script}.py").exists()
+    config = tyro.cli(paper.config, args=paper.arguments)
+    assert config == paper.config(**paper.full)
+    assert len({figure.what for figure in paper.figures}) == len(paper.figures) > 0
+    images = {  # what the share of the protocol is a share of
+        "iwae_mnist": lambda: sum(3**i for i in range(config.stages)) == 3280,
+        "hierarchy": lambda: config.num_train * config.epochs == hierarchy.PROTOCOL / 10,
+        "discrete": lambda: not config.nets or config.num_train * config.epochs == discrete.PROTOCOL,
+        "semi_supervised": lambda: config.num_unlabelled == 50_000,
+    }
+    assert images[paper.script]()
+
+
+def test_no_published_figure_is_without_its_budget(tmp_path: Path) -> None:
+    from elbozoo.benchmarks import papers
+
+    burda, ladder, *_ = papers.PAPERS
+    nll = next(f for f in burda.figures if f.cell["objective"] == "iwae-5" and f.name == "nll")
+    assert papers.row(burda, nll, tmp_path) == [nll.what, "85.54", "not run", "", "", ""]
+
+    def write(name: str, **cells: Any) -> None:
+        (tmp_path / f"{name}.json").write_text(json.dumps({"cells": cells}))
+
+    cell = {"objective": "iwae-5", "data": "mnist", "nll": 90.125, "nll_se": 0.25, "num_particles": 7, "num_data": 9}
+    write(
+        "iwae_mnist",
+        other={**cell, "objective": "iwae-50", "share_of_protocol": 0.5},
+        here={**cell, "share_of_protocol": 0.25},
+    )
+    assert papers.row(burda, nll, tmp_path)[1:] == [
+        "85.54",
+        "90.12 ± 0.25 (1 seed)",
+        "K = 7, 9 data",
+        "25.00%",
+        "iwae_mnist.json: here",
+    ]
+    write("iwae_mnist", a={**cell, "share_of_protocol": 0.25}, b={**cell, "nll": 92.125, "share_of_protocol": 0.25})
+    assert papers.row(burda, nll, tmp_path)[2] == "91.1 ± 1.0 (2 seeds)"
+    write("iwae_mnist", a={**cell, "share_of_protocol": 0.25}, b={**cell, "share_of_protocol": 0.5})
+    with pytest.raises(CorruptFile, match="be of one budget"):
+        papers.row(burda, nll, tmp_path)
+    write("iwae_mnist", here=cell)
+    with pytest.raises(CorruptFile, match="here must have its budget"):
+        papers.row(burda, nll, tmp_path)
+    five = {"layers": 5, "guide": "ladder", "objective": "warm-up", "nll": [100.0, 102.0], "share_of_protocol": 0.01}
+    write("hierarchy", five=five)
+    assert papers.rows(ladder, tmp_path)[0][2:5] == ["101.0 ± 1.0 (2 seeds)", "", "10.00%"], (
+        "of 200 epochs, not of 2000"
+    )
 
 
 def test_a_result_file_is_of_one_setting(tmp_path: Path) -> None:

@@ -142,7 +142,10 @@ def test_the_default_gradient_fits_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in cli.COMMANDS if c != "train"] + [f"train {m}" for m in options.choices(Spec)]
+    "command",
+    [c for c in cli.COMMANDS if c not in ("train", "bench")]
+    + [f"train {m}" for m in options.choices(Spec)]
+    + [f"bench {c}" for c in cli.BENCH],
 )
 def test_every_option_has_help(command: str, capsys: pytest.CaptureFixture[str]):
     """Read off the help itself: every option is followed by words, on its line or on the next."""
