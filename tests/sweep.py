@@ -113,45 +113,47 @@ def finished(of: Grid) -> list[str]:
     return [name_of(cell) for cell in of.cells if of.path(cell).exists()]
 
 
-def files(folder: Path) -> set[tuple[str, int]]:
-    """Whole files and when they were written: grows by one a checkpoint, and by two a cell, whose start is logged."""
-    found = set()
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file() and path.suffix != ".partial":
-                found.add((path.name, path.stat().st_mtime_ns))
-        except FileNotFoundError:  # gone since it was listed
-            continue
-    return found
+def die_at(change: int, folder: Path) -> None:
+    """Kill this process right before its so-manieth change of files below ``folder``.
+
+    Between two changes a sweep can lose nothing but time, so these are all the moments that there are, and which one it
+    is does not depend on how busy the machine is.
+    """
+    left = change
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") or str(folder) not in str(
+            arguments[0]
+        ):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 
-def start(of: Grid) -> int:
-    """Run a grid in a new process: a fork of this one, which has imported everything and computed nothing."""
+def life(of: Grid, last: int | None = None) -> int:
+    """Run a grid in a new process: a fork of this one, which has imported everything and computed nothing.
+
+    Returns: its status, as ``os.waitpid`` has it.
+    """
     if pid := os.fork():
-        return pid
+        return os.waitpid(pid, 0)[1]
     try:
         import jax
 
         jax.config.update("jax_compilation_cache_dir", str(of.folder.parents[1] / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        if last is not None:
+            die_at(last, of.folder)
         of.run(progress=False)
         os._exit(0)
     finally:
         os._exit(1)
-
-
-def kill_after(pid: int, changes: int, delay: float, folder: Path) -> bool:
-    """Kill a process once so many files have been written and a moment has gone by. Returns whether it still ran."""
-    seen = files(folder)
-    begin = len(seen)
-    while len(seen) - begin < changes:
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            return False
-        seen |= files(folder)
-        time.sleep(0.002)
-    time.sleep(delay)
-    os.kill(pid, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
 def sweep_and_kill(folder: Path, seed: int, kills: int) -> dict[str, Any]:
@@ -162,15 +164,14 @@ def sweep_and_kill(folder: Path, seed: int, kills: int) -> dict[str, Any]:
 
     (folder / "killed").mkdir()
     (folder / "whole").mkdir()
-    killed, whole = (grid(folder / name, {"slow": 5, "train": 1, "quick": 5}) for name in ("killed", "whole"))
-    codes = [os.waitpid(start(whole), 0)[1]]
+    killed, whole = (grid(folder / name, {"slow": 5, "train": 1, "quick": 25}) for name in ("killed", "whole"))
+    codes = [life(whole)]
     rng, lives, ended = np.random.default_rng(seed), [], []
     for _ in range(kills):
         before, lines = finished(killed), len(logged(folder / "killed"))
-        pid = start(killed)
-        ended.append(kill_after(pid, int(rng.integers(0, 5)), rng.uniform(0.0, 0.04), folder / "killed"))
+        ended.append(os.WIFSIGNALED(life(killed, int(rng.integers(5, 40)))))
         lives.append({"found": before, "began": logged(folder / "killed")[lines:]})
-    codes.append(os.waitpid(start(killed), 0)[1])
+    codes.append(life(killed))
     left = [path.name for path in killed.folder.iterdir() if path.suffix != ".json"]
     return {"killed": ended, "lives": lives, "codes": codes, "figures": [figures(killed), figures(whole)], "left": left}
 

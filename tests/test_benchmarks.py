@@ -64,8 +64,6 @@ def test_tables_are_generated_from_the_results() -> None:
     assert PAGE.read_text() == page(), "run python benchmarks/tables.py"
 
 
-@pytest.mark.pyro
-@pytest.mark.numpyro
 def test_published_tables_are_printed() -> None:
     from elbozoo.benchmarks.papers import PAPERS
 

@@ -21,7 +21,7 @@ def make_program():
         w = lib.param("w", {one})
         with lib.plate("data", len(x)):
             z = lib.sample("z", dist.Normal({zeros}, 1.0))
-            lib.sample("x", dist.Normal(z[:, None] * w, 1.0).to_event(1), obs=x)
+            lib.sample("x", dist.Normal(z[..., None] * w, 1.0).to_event(1), obs=x)
 
     def guide(x):
         v = lib.param("v", {one})
