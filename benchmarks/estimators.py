@@ -438,7 +438,9 @@ def states(config: Config, cell: Cell, train: np.ndarray, scratch: Path) -> dict
             resume=True,
             **place,
         )
-        states[stage] = run.program
+        # of one program: what is compiled for a state serves the others
+        base = next(iter(states.values()), run.program)
+        states[stage] = base.with_weights(run.weights, train[:2])
     return states
 
 
