@@ -90,7 +90,7 @@ def overhead(record: dict[str, Any]) -> str:
         [
             key,
             *(
-                f"{c['images_per_second'][n]:.0f}"
+                f"{c['images_per_second'][n]:.0f}" if n in c["images_per_second"] else ""
                 for n in ("numpyro", "hand-written JAX", "pyro", "hand-written PyTorch", "pythae")
             ),
         ]
