@@ -84,21 +84,21 @@ class Config:
 
     particles: tuple[int, ...] = (1, 4, 16, 50, 256, 1024, 4096)
     batches: tuple[int, ...] = (10, 50, 200, 1000, 4000)
-    latents: tuple[int, ...] = (2, 8, 64, 256, 1024)
-    depths: tuple[int, ...] = (1, 2, 3, 5)
+    latents: tuple[int, ...] = (2, 16, 128, 1024)
+    depths: tuple[int, ...] = (1, 2, 4)
     replicates: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    data: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
+    data: tuple[int, ...] = (1_000, 30_000, 1_000_000)
     data_dim: int = 64
     hidden: int = 100
     latent_dim: int = 16
     batch_size: int = 100
     repeats: int = 3
     base_repeats: int = 9
-    seconds: float = 0.05
+    seconds: float = 0.1
     most_steps: int = 50
     data_steps: int = 500
     slowest: float = 2.0
-    most_trainers: int = 8
+    most_trainers: int = 4
     cells: Path = Path("runs/scaling")
     results: Path = Path("benchmarks/results/scaling.json")
     smoke: bool = False
