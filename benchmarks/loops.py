@@ -223,7 +223,7 @@ def hand_written_jax(
     import jax.numpy as jnp
     import optax
 
-    loss, optimizer, data = loss_jax(spec, k), optax.adam(LEARNING_RATE), jnp.asarray(x)
+    loss, optimizer, data = loss_jax(spec, k), optax.adam(LEARNING_RATE), jnp.asarray(x, float)
 
     def epoch(params: Any, state: Any, key: Any, order: Any) -> Any:
         def step(carry: Any, index: Any) -> Any:
@@ -342,7 +342,7 @@ def hand_written_torch(spec: Any, x: np.ndarray, k: int, batch: int, *, steps: i
 
     nets, loss_of, draw = nets_torch(spec), loss_torch(spec, k), orders(x, batch, steps)
     optimizer = torch.optim.Adam(nets.parameters(), lr=LEARNING_RATE, fused=True)
-    data = torch.as_tensor(x)
+    data = torch.as_tensor(x, dtype=torch.get_default_dtype())
 
     def run() -> None:
         total = 0.0
@@ -377,7 +377,7 @@ def numpyro_svi(spec: Gaussian, x: np.ndarray, k: int, batch: int, *, steps: int
     import numpyro
     import optax
 
-    program, data, draw = spec.numpyro(), jnp.asarray(x), orders(x, batch, steps)
+    program, data, draw = spec.numpyro(), jnp.asarray(x, float), orders(x, batch, steps)
     svi = numpyro.infer.SVI(
         program.model_fn, program.guide_fn, optax.adam(LEARNING_RATE), own_loss(numpyro.infer, spec, k)
     )
@@ -400,7 +400,8 @@ def pyro_svi(spec: Gaussian, x: np.ndarray, k: int, batch: int, *, steps: int | 
     import pyro.optim
     import torch
 
-    program, data, draw = spec.pyro(), torch.as_tensor(x), orders(x, batch, steps)
+    program, draw = spec.pyro(), orders(x, batch, steps)
+    data = torch.as_tensor(x, dtype=torch.get_default_dtype())
     vectorised: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1} if k > 1 else {}
     loss = own_loss(pyro.infer, spec, k, **vectorised)
     svi = pyro.infer.SVI(program.model, program.guide, pyro.optim.Adam({"lr": LEARNING_RATE}), loss)  # type: ignore[arg-type]

@@ -44,6 +44,7 @@ from elbozoo.benchmarks.loops import (
     sizes_of,
 )
 from elbozoo.benchmarks.loops import __file__ as LOOPS
+from elbozoo.inference.data import prepare
 from elbozoo.zoo import MLP, VAE, HierarchicalVAE
 
 LINEAR = 0.8
@@ -224,8 +225,9 @@ def by_size(at: Point, steps: int) -> Contest:
         pairs += [(engine, "pythae") for engine in TARGETS]
 
     def size() -> dict[str, int]:
-        objective = objective_of(at.spec, k)
-        return {e: step_bytes(getattr(at.spec, e)(), objective, x[: at.batch]) for e in TARGETS}
+        programs = {engine: getattr(at.spec, engine)() for engine in TARGETS}
+        batches = {engine: prepare(program, x[: at.batch])[0] for engine, program in programs.items()}
+        return {e: step_bytes(program, objective_of(at.spec, k), batches[e]) for e, program in programs.items()}
 
     return Contest(loops, pairs, size, {})
 
