@@ -74,6 +74,8 @@ class Config:
         repeats: turns of a cell.
         base_repeats: turns at the base point and at K = 50, where speed is claimed.
         seconds: about how long a turn of one contender takes, of as many steps as that makes.
+        longest: seconds of a turn that are not exceeded for the sake of ``least_steps``.
+        least_steps: of a turn; five times as many of replicates.
         most_steps: of a turn.
         data_steps: of a turn where the number of data is varied: of a pass, so that shuffling has its share.
         slowest: seconds of a step beyond which the libraries' own loops are left out.
@@ -96,6 +98,8 @@ class Config:
     repeats: int = 3
     base_repeats: int = 9
     seconds: float = 0.1
+    longest: float = 1.5
+    least_steps: int = 5
     most_steps: int = 50
     data_steps: int = 500
     slowest: float = 2.0
@@ -140,10 +144,11 @@ def point(config: Config, cell: Cell) -> Point:
 
 
 def steps_of(config: Config, at: Point) -> int:
-    """Steps of a turn: as many as take about the time that it is to take, by the multiplications of a step."""
+    """Steps of a turn, by the multiplications of a step: what an epoch costs beside its steps must not count much."""
     weights = sum(a * b for sizes in sizes_of(at.spec).values() for s in sizes for a, b in itertools.pairwise(s))
     step = 5e-4 + 6 * weights * at.particles * at.batch * at.replicates / 2e10
-    return max(1, min(config.most_steps, round(config.seconds / step)))
+    least = config.least_steps * (5 if at.replicates > 1 else 1)  # an epoch looks at every replicate's parameters
+    return min(config.most_steps, max(1, round(config.seconds / step), round(min(least, config.longest / step))))
 
 
 def pixels(num: int, dim: int) -> np.ndarray:
