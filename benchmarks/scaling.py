@@ -74,6 +74,7 @@ class Config:
         repeats: turns of a cell.
         base_repeats: turns at the base point and at K = 50, where speed is claimed.
         seconds: about how long a turn of one contender takes, of as many steps as that makes.
+        base_seconds: the same where speed is claimed.
         longest: seconds of a turn that are not exceeded for the sake of ``least_steps``.
         least_steps: of a turn; five times as many of replicates.
         most_steps: of a turn.
@@ -97,10 +98,11 @@ class Config:
     batch_size: int = 100
     repeats: int = 3
     base_repeats: int = 9
-    seconds: float = 0.1
+    seconds: float = 0.2
+    base_seconds: float = 0.5
     longest: float = 1.5
     least_steps: int = 5
-    most_steps: int = 50
+    most_steps: int = 500
     data_steps: int = 500
     slowest: float = 2.0
     most_trainers: int = 4
@@ -143,12 +145,15 @@ def point(config: Config, cell: Cell) -> Point:
     return Point(spec, **found)
 
 
-def steps_of(config: Config, at: Point) -> int:
-    """Steps of a turn, by the multiplications of a step: what an epoch costs beside its steps must not count much."""
+def steps_of(config: Config, at: Point, seconds: float) -> int:
+    """Steps of a turn of about so long, by the multiplications of a step.
+
+    What an epoch costs beside its steps must not count much, as it does not in an epoch of usual length.
+    """
     weights = sum(a * b for sizes in sizes_of(at.spec).values() for s in sizes for a, b in itertools.pairwise(s))
     step = 5e-4 + 6 * weights * at.particles * at.batch * at.replicates / 2e10
     least = config.least_steps * (5 if at.replicates > 1 else 1)  # an epoch looks at every replicate's parameters
-    return min(config.most_steps, max(1, round(config.seconds / step), round(min(least, config.longest / step))))
+    return min(config.most_steps, max(1, round(seconds / step), round(min(least, config.longest / step))))
 
 
 def pixels(num: int, dim: int) -> np.ndarray:
@@ -179,7 +184,9 @@ class Contest:
 def measure(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
     """Seconds of a step of every contender by turn, their ratios, and bytes; None of a contender that was too slow."""
     at, axis, value = point(config, cell), cell["axis"], cell["value"]
-    steps = config.data_steps if axis == "data" else steps_of(config, at)
+    claimed = axis == "particles" and value in (1, 50)
+    steps = steps_of(config, at, config.base_seconds if claimed else config.seconds)
+    steps = config.data_steps if axis == "data" else steps
     if axis == "data":
         contest = by_data(config, at, value, steps, scratch)
     elif axis == "replicates":
@@ -188,7 +195,7 @@ def measure(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
         contest = by_size(at, steps)
     slow = too_slow(contest.loops, config.slowest * steps)
     runs = {name: run for name, run in contest.loops.items() if name not in slow}
-    repeats = config.base_repeats if axis == "particles" and value in (1, 50) else config.repeats
+    repeats = config.base_repeats if claimed else config.repeats
     taken = {
         name: [contest.times.get(name, 1) * s / steps for s in turns]
         for name, turns in rounds(runs, repeats, warm_up=0).items()

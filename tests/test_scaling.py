@@ -106,8 +106,8 @@ def test_only_the_asked_axis_leaves_the_base_point() -> None:
     assert scaling.point(config, {"axis": "latents", "value": config.latent_dim}) == base
     assert scaling.point(config, {"axis": "replicates", "value": 8}) == scaling.replace(base, replicates=8)
     assert scaling.point(config, {"axis": "depth", "value": 3}).spec.latent_dims == (16, 16, 16)
-    assert 10 < scaling.steps_of(config, base) <= config.most_steps
-    assert scaling.steps_of(config, scaling.point(config, {"axis": "particles", "value": 4096})) == 1
+    assert 100 < scaling.steps_of(config, base, 0.5) <= config.most_steps
+    assert scaling.steps_of(config, scaling.point(config, {"axis": "particles", "value": 4096}), 0.5) == 1
 
 
 def test_the_grid_asks_for_every_value_once() -> None:
