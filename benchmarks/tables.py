@@ -90,7 +90,7 @@ def overhead(record: dict[str, Any]) -> str:
         [
             key,
             *(
-                f"{c['images_per_second'][n]:.0f}"
+                f"{c['images_per_second'][n]:.0f}" if n in c["images_per_second"] else ""
                 for n in ("numpyro", "hand-written JAX", "pyro", "hand-written PyTorch", "pythae")
             ),
         ]
@@ -879,12 +879,99 @@ def published_tables() -> str:
     return "\n\n".join(parts)
 
 
+# --- scaling --------------------------------------------------------------------------------------------------------
+
+LINES = {
+    "numpyro": ("o", "-", "0.0"),
+    "hand-written JAX": ("o", ":", "0.5"),
+    "NumPyro's own": ("s", "--", "0.5"),
+    "pyro": ("^", "-", "0.0"),
+    "hand-written PyTorch": ("^", ":", "0.5"),
+    "Pyro's own": ("D", "--", "0.5"),
+    "pythae": ("x", "-.", "0.3"),
+    "as many runs": ("s", "--", "0.5"),
+}
+"""Each contender's marker, line and grey in the picture."""
+
+
+def scaling(record: dict[str, Any]) -> str:
+    """Slopes, turning points and times per axis and contender; the ratios of paired times; bytes."""
+    from elbozoo.benchmarks.scaling import curves, slopes
+
+    cells, config = record["cells"], record["config"]
+    times, rows = curves(cells), []
+    for axis, named in slopes(cells).items():
+        for name, found in named.items():
+            values, seconds = times[axis][name]
+            turn = found["turning_point"]
+            slope = "" if found["slope"] is None else f"{found['slope']:.2f}"
+            local = " ".join(f"{s:.2f}" for s in found["local"])
+            ends = f"{1e3 * seconds[0]:.3g} ({values[0]}) – {1e3 * seconds[-1]:.3g} ({values[-1]})"
+            rows.append([axis, name, slope, local, "not linear yet" if turn is None else str(turn), ends])
+    head = ["varied", "loop", "slope", "local slopes", "linear from", "ms a step at the first and last value"]
+    setting = (
+        f"At the base point {config['latent_dim']} latents, batch {config['batch_size']}, K = 1. Slopes are of "
+        "logarithms; a time is the median over turns. A loop that was too slow, or is not there, has no row or fewer "
+        "values."
+    )
+    picture = "![Time of a step against K and against replicates](figures/scaling.svg)"
+    ratios, sizes = _scaling_ratios(cells), _scaling_bytes(cells)
+    said = "Paired times, the median over turns, by the value of what is varied:"
+    kept = "What a step keeps beside weights and data (of replicates: the temporaries of the whole loop; of data: "
+    kept += "those on the device), MB at the first and last value, and the slope:"
+    return "\n\n".join([setting, table(head, rows), picture, said, ratios, kept, sizes])
+
+
+def _scaling_ratios(cells: Mapping[str, Any]) -> str:
+    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for cell in cells.values():
+        for name, r in cell["ratios"].items():
+            found.setdefault((cell["axis"], name), []).append((cell["value"], r["median"]))
+    rows = [[*key, ", ".join(f"{r:.2f} ({v})" for v, r in sorted(pairs))] for key, pairs in found.items()]
+    return table(["varied", "time of", "ratio (value)"], rows)
+
+
+def _scaling_bytes(cells: Mapping[str, Any]) -> str:
+    from elbozoo.benchmarks.scaling import curves, slope
+
+    rows = []
+    for axis, named in curves(cells, "bytes").items():
+        for name, (values, sizes) in named.items():
+            power = slope(values, sizes)
+            ends = f"{sizes[0] / 1e6:.3g} ({values[0]}) – {sizes[-1] / 1e6:.3g} ({values[-1]})"
+            rows.append([axis, name, ends, "" if power is None else f"{power:.2f}"])
+    return table(["varied", "loop", "MB", "slope"], rows)
+
+
+def scaling_figure(record: dict[str, Any]) -> Figure:
+    """Time of a step against K and against replicates, both logarithmic; turning points ringed."""
+    from matplotlib.figure import Figure
+
+    from elbozoo.benchmarks.scaling import curves, turning_point
+
+    found = curves(record["cells"])
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
+    for ax, axis in zip(figure.subplots(1, 2), ("particles", "replicates"), strict=True):
+        for name, (values, seconds) in found.get(axis, {}).items():
+            marker, line, grey = LINES[name]
+            milliseconds = 1e3 * np.asarray(seconds)
+            ax.plot(values, milliseconds, marker=marker, linestyle=line, color=grey, markersize=4, label=name)
+            if (turn := turning_point(values, seconds)) is not None:
+                ax.plot(turn, milliseconds[values.index(turn)], "o", markersize=11, markerfacecolor="none", color=grey)
+        ax.set(xscale="log", yscale="log", xlabel="K" if axis == "particles" else axis, ylabel="ms a step")
+        if axis in found:
+            ax.legend(fontsize="x-small", frameon=False)
+    figure.suptitle("ring: from here on linear", fontsize="small")
+    return figure
+
+
 FIGURE_WRITERS = {
     "codes": codes_figure,
     "depth": depth_figure,
     "hierarchy": hierarchy_figure,
     "local_minima": local_minima_figure,
     "remedies": remedies_figure,
+    "scaling": scaling_figure,
 }
 WRITERS = {
     "clusters": clusters,
@@ -899,6 +986,7 @@ WRITERS = {
     "local_minima": local_minima,
     "overhead": overhead,
     "remedies": remedies,
+    "scaling": scaling,
     "semi_supervised": semi_supervised,
 }
 

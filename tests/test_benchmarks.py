@@ -18,7 +18,7 @@ from elbozoo.benchmarks.records import Record
 from elbozoo.inference.errors import CorruptFile, InvalidArgument
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_SCRIPTS = {"__init__", "datasets", "grid", "papers", "records", "tables"}
+NOT_SCRIPTS = {"__init__", "datasets", "grid", "loops", "papers", "records", "tables"}
 SMOKE = [
     "clusters",
     "codes",
@@ -31,7 +31,7 @@ SMOKE = [
     "iwae_mnist",
     "local_minima",
 ]
-SMOKE += ["overhead", "remedies", "semi_supervised"]
+SMOKE += ["overhead", "remedies", "scaling", "semi_supervised"]
 
 
 def test_every_script_has_a_smoke_row() -> None:
