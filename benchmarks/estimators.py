@@ -129,27 +129,27 @@ class Config:
         program: a program of your own in place of the models: "module:function", where the function returns a Program
             of either engine.
         data_dir: folder with the files; ELBOZOO_DATA or a download otherwise.
-        engines: numpyro, pyro.
-        models: names from the list of the script.
-        objectives: names from the table of the script; all that fit a model by default.
-        kinds: training, gradients, laws.
-        particles: K of the objectives that have more than one.
-        seeds: of the runs; intervals are over them, differences are paired by them.
-        num_steps: of the fixed number of steps.
-        seconds: of the fixed time; at most ``most`` times as many steps.
-        most: see ``seconds``.
-        batch_size: of a step.
-        learning_rate: Adam's.
+        engines: engines to measure in.
+        models: models of the zoo: vae, hierarchy (of two layers), sbn (a sigmoid belief net), categorical.
+        objectives: objectives by name (elbo, iwae, "iwae, dreg", nvil, …); all that fit a model by default.
+        kinds: kinds of cells: training, gradients, laws.
+        particles: K of the objectives that have more than one particle.
+        seeds: seeds of the runs; intervals are over them, differences are paired by them.
+        num_steps: the fixed number of steps.
+        seconds: the fixed time of training, compilation aside.
+        most: how many times the fixed number of steps the fixed time may buy at most.
+        batch_size: data a minibatch.
+        learning_rate: step size of Adam.
         latent_dim: latents of the VAE, and of the hierarchy's lower layer.
-        hidden: units of a network's layer.
+        hidden: units of each layer of a network.
         num_train: training images, binarised once.
         num_test: held-out images.
-        num_particles: K of the NLL.
-        num_draws: of each gradient; ten times as many of the reference of its bias.
-        law_draws: of the latents, from which IWAE's gap is read off at every power of two.
-        law_particles: K of the laws' gradients.
-        jobs: processes.
-        backend: loky, or ray for a cluster.
+        num_particles: K of the reported NLL.
+        num_draws: draws of each gradient; ten times as many of the reference of its bias.
+        law_draws: draws of the latents, from which IWAE's gap is read off at every power of two.
+        law_particles: values of K at which the laws' gradients are drawn.
+        jobs: processes that measure cells side by side.
+        backend: loky for processes of this machine, ray for a cluster.
         cells: folder of the cells' files.
         results: JSON file to write.
         smoke: a few seconds on digits, to see that it runs.
