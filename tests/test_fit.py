@@ -232,7 +232,9 @@ def test_averaged_weights(engine: str, decay: float) -> None:
 
 def test_averaging_does_not_touch_training(engine: str) -> None:
     plain, averaged = (digits(engine, optimizer=Adam(0.01, average=average)) for average in (None, 0.9))
-    assert same_history(plain, averaged)
+    for one, other in zip(plain.history, averaged.history, strict=True):  # two compiled programs, that may round apart
+        assert one["bound"] == pytest.approx(other["bound"], rel=1e-10)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-9)
     assert not same_weights(plain.weights, averaged.weights)
 
 
