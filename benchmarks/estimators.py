@@ -103,7 +103,7 @@ def objectives(num_particles: int, warmup: float) -> dict[str, Objective]:
         "relax": ELBO(gradient=RELAX(temperature=0.5)),
         "concrete": ELBO(gradient=GumbelSoftmax(temperature=0.5)),
         "straight-through": ELBO(gradient=GumbelSoftmax(temperature=0.5, hard=True)),
-        "iwae, score": IWAE(k, ScoreFunction()),
+        "iwae, score": IWAE(k, ScoreFunction(baseline="none")),
         "iwae, vimco": IWAE(k, VIMCO()),
         "iwae, disarm": IWAE(k, DisARM()),
         "rws": IWAE(k, RWS()),
