@@ -65,7 +65,7 @@ def noise_said(output: Array, z: Array, log_snr: Array, predicts: str) -> Array:
     if predicts == "prior":
         mean, log_scale = output[..., : z.shape[-1]], output[..., z.shape[-1] :]
         kept = log_snr[..., None] + 2.0 * log_scale
-        xp = namespace(z)
+        xp = namespace(kept)
         return noise_of(z, mean, log_snr) * xp.exp(-xp.logaddexp(kept, 0.0 * kept))  # sigmoid(-kept), never nan
     alpha, sigma = scales(log_snr)
     return alpha * output + sigma * z
