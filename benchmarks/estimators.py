@@ -564,7 +564,12 @@ def grid_of(config: Config) -> Grid:
         program = own_program(config)
         config = replace(config, models=(OWN,), engines=(program.engine,))
         # what the figures depend on, beside the library: no part of the cell's name, being no text
-        own = {"own": {"program": source_of(config.program), "data": storage.checksum(images(config, config.data[0]))}}
+        own = {
+            "own": {
+                "program": source_of(config.program or ""),
+                "data": storage.checksum(images(config, config.data[0])),
+            }
+        }
     cells: list[dict[str, Any]] = []
     for data, engine in itertools.product(config.data, config.engines):
         place = {"data": data, "engine": engine, **own}
