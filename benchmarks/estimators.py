@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 
 from elbozoo.benchmarks.datasets import load, load_array
-from elbozoo.benchmarks.grid import Cell, Grid, result, write_result
+from elbozoo.benchmarks.grid import Cell, Grid, measure_all
 from elbozoo.benchmarks.records import compiled_once
 from elbozoo.inference import (
     CIWAE,
@@ -507,9 +507,9 @@ def _iwae(log_weights: np.ndarray, k: int) -> np.ndarray:
 # --- what is claimed, and whether it held -------------------------------------------------------------------------
 
 
-def slope(x: Any, y: Any) -> float:
-    """Of log y against log x, by least squares."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+def slope(x: Any, y: Any) -> Any:
+    """Of log y against log x, by least squares; None of fewer than two values."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0]) if len(x) > 1 else None
 
 
 def slopes(cell: Mapping[str, Any]) -> dict[str, float]:
@@ -559,6 +559,10 @@ def claims(cells: Mapping[str, Any]) -> dict[str, bool]:
 
 def grid_of(config: Config) -> Grid:
     """The cells that the settings ask for."""
+    first = min(config.seeds, default=0)
+    if not config.seeds or list(config.seeds) != list(range(first, first + len(config.seeds))):
+        todo = "Pass 0 1 2 3, say"
+        raise must("seeds", "follow one another: they are trained at once", config.seeds, todo)
     own: dict[str, Any] = {}
     if config.program is not None:
         program = own_program(config)
@@ -596,17 +600,7 @@ def main(config: Config) -> None:
         small |= {"law_draws": 16, "law_particles": (1, 2)}
         results = config.results.with_name("smoke_estimators.json")
         config = replace(config, **small, cells=results.with_suffix(""), results=results, smoke=False)
-    grid = grid_of(config)
-
-    def done(*_: Any) -> None:
-        write_result(config.results, result(grid, claims))
-
-    try:
-        grid.run(config.jobs, config.backend, done=done)
-    finally:
-        done()
-    for claim, held in result(grid, claims)["checks"].items():
-        print(f"{'holds' if held else 'DOES NOT HOLD'}: {claim}")
+    measure_all(grid_of(config), config.results, claims, jobs=config.jobs, backend=config.backend)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ digest of its content: one that was altered is named and measured anew.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import hashlib
 import inspect
 import json
-import math
 import os
 import shutil
 import threading
@@ -29,11 +27,11 @@ from typing import Any
 from joblib import Parallel, delayed, parallel_config
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from elbozoo.benchmarks.records import machine
+from elbozoo.benchmarks.records import about, machine, settings_of, versions_of, write_result
+from elbozoo.inference import storage
 from elbozoo.inference.errors import CorruptFile, ElbozooError, must
 from elbozoo.inference.parts import one_of, whole_number
 from elbozoo.inference.storage import check_writable, write_atomically
-from elbozoo.inference.training import environment
 
 BACKENDS = ("loky", "ray")
 
@@ -78,14 +76,12 @@ class Grid:
 
     def about(self, cell: Cell) -> dict[str, Any]:
         """All that a cell's figures depend on, but for the machine."""
-        # a folder is not a setting
-        settings = {k: v for k, v in dataclasses.asdict(self.config).items() if not isinstance(v, Path | None)}
-        settings = {k: v for k, v in settings.items() if k not in self.axes}
-        versions = {k: v for engine in self.engines for k, v in environment(engine).items()}
+        settings = {k: v for k, v in settings_of(self.config).items() if k not in self.axes}
+        versions = versions_of(self.engines)
         code = code_version(inspect.getsourcefile(self.measure) or "")
-        about = {"cell": dict(cell), "settings": settings, "versions": versions, "code": code}
+        found = {"cell": dict(cell), "settings": settings, "versions": versions, "code": code}
         try:
-            return json.loads(json.dumps({"measure": self.measure.__name__, **about}))
+            return json.loads(json.dumps({"measure": self.measure.__name__, **found}))
         except (TypeError, ValueError) as error:
             raise must("cells and config", "be JSON values", error, "Name parts by text, not by objects") from error
 
@@ -124,6 +120,7 @@ class Grid:
                 record = self.read(cell)
             except CorruptFile as error:
                 warnings.warn(f"{error} {name_of(cell)} is measured anew.", stacklevel=3)
+                self.path(cell).unlink()  # or whoever makes the table before its turn would meet it again
                 record = None
             if record is None:
                 found.append(cell)
@@ -187,16 +184,37 @@ def result(grid: Grid, checks: Callable[[dict[str, Any]], dict[str, bool]]) -> d
     records = {name_of(cell): record for cell in grid.cells if (record := grid.read(cell))}
     kept = ("code", "machine", "seconds")
     cells = {n: {**r["cell"], **r["figures"], "run": {k: r[k] for k in kept}} for n, r in records.items()}
-    settings = {k: v for k, v in dataclasses.asdict(grid.config).items() if not isinstance(v, Path | None)}
-    versions = {k: v for engine in grid.engines for k, v in environment(engine).items()}
-    about = {"config": json.loads(json.dumps(settings)), "versions": versions, "machine": machine()}
-    question = " ".join(grid.question.split("\n\n")[0].split())
-    return {"question": question, **about, "cells": cells, "checks": checks(cells)}
+    return {**about(grid.question, grid.config, grid.engines), "cells": cells, "checks": checks(cells)}
 
 
-def write_result(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a result file."""
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+def measure_all(
+    grid: Grid,
+    path: Path,
+    checks: Callable[[dict[str, Any]], dict[str, bool]],
+    more: Callable[[dict[str, Any]], dict[str, Any]] = lambda cells: {},
+    **options: Any,
+) -> None:
+    """Measure what is missing, keep the result file up to date, and say which claims held.
+
+    Args:
+        path: the result file, written after every cell.
+        checks: claims, read off the cells.
+        more: what else the file says of the cells.
+        options: of :meth:`Grid.run`.
+
+    Raises: as :meth:`Grid.run`.
+    """
+
+    def write(*_: Any) -> None:
+        content = result(grid, checks)
+        write_result(path, content | more(content["cells"]))
+
+    try:
+        grid.run(done=write, **options)
+    finally:
+        write()
+    for claim, held in result(grid, checks)["checks"].items():
+        print(f"{'holds' if held else 'DOES NOT HOLD'}: {claim}")
 
 
 # --- one cell -------------------------------------------------------------------------------------------------------
@@ -244,7 +262,7 @@ def _values(figures: Any) -> dict[str, Any]:
     if not isinstance(figures, Mapping):
         raise must("a cell's figures", "be a dict", type(figures).__name__, todo)
     try:
-        return json.loads(json.dumps(plain(figures), allow_nan=False))
+        return json.loads(json.dumps(storage.plain(figures), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise must("a cell's figures", "be JSON values", error, todo) from error
 
@@ -302,17 +320,6 @@ class _bar:
 
 
 # --- what a cell is ---------------------------------------------------------------------------------------------------
-
-
-def plain(value: Any) -> Any:
-    """Figures as JSON values: NumPy's numbers and arrays as Python's, what is not finite as None."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _digest(content: Any) -> str:

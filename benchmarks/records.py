@@ -52,6 +52,27 @@ def compiled_once() -> Iterator[None]:
             compilation_cache.reset_cache()
 
 
+def settings_of(config: Any) -> dict[str, Any]:
+    """A script's arguments; a folder is not a setting."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if not isinstance(v, Path | None)}
+
+
+def versions_of(engines: tuple[str, ...]) -> dict[str, str]:
+    """Of the libraries that the engines' figures depend on."""
+    return {k: v for engine in engines for k, v in environment(engine).items()}
+
+
+def about(question: str, config: Any, engines: tuple[str, ...]) -> dict[str, Any]:
+    """The head of a result file: the first paragraph of ``question``, the settings, the versions and the machine."""
+    facts = {"config": settings_of(config), "versions": versions_of(engines), "machine": machine()}
+    return {"question": " ".join(question.split("\n\n")[0].split()), **json.loads(json.dumps(facts))}
+
+
+def write_result(path: Path, content: Any) -> None:
+    """Write a result file, whole or not at all."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
 class Record:
     """A result file that grows cell by cell, so that a stopped benchmark goes on where it was.
 
@@ -68,24 +89,22 @@ class Record:
 
     def __init__(self, path: Path, question: str, config: Any, engines: tuple[str, ...], grid: tuple[str, ...] = ()):
         self.path = Path(path)
-        # a folder is not a setting
-        settings = {k: v for k, v in dataclasses.asdict(config).items() if not isinstance(v, Path | None)}
-        versions = {k: v for engine in engines for k, v in environment(engine).items()}
-        about = json.loads(json.dumps({"config": settings, "versions": versions, "machine": machine()}))
+        facts = about(question, config, engines)
         cells: dict[str, Any] = {}
         if self.path.exists():
             found = json.loads(self.path.read_text())
             cells = found["cells"]
             other = [
                 f"{part}.{name}"
-                for part, values in about.items()
+                for part, values in facts.items()
+                if part != "question"
                 for name in values
                 if name not in (*grid, "system") and found[part].get(name) != values[name]
             ]
             if other and cells:
                 todo = "Pass another --results file, or delete this one to measure anew"
                 raise must(str(self.path), "be of the same settings, versions and machine", f"other {other}", todo)
-        self.content = {"question": " ".join(question.split("\n\n")[0].split()), **about, "cells": cells}
+        self.content = {**facts, "cells": cells}
 
     def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figures of one cell: measured now, unless the file has them already."""
@@ -100,4 +119,4 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        write_atomically(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
+        write_result(self.path, self.content)

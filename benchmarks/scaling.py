@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from elbozoo.benchmarks.estimators import step_bytes
-from elbozoo.benchmarks.grid import Cell, Grid, code_version, result, write_result
+from elbozoo.benchmarks.estimators import slope, step_bytes
+from elbozoo.benchmarks.grid import Cell, Grid, code_version, measure_all
 from elbozoo.benchmarks.loops import (
     Loop,
     hand_written_jax,
@@ -305,11 +305,6 @@ def curves(cells: Mapping[str, Any], what: str = "seconds") -> dict[str, dict[st
     return {axis: named for axis, named in found.items() if named}
 
 
-def slope(values: Sequence[float], figures: Sequence[float]) -> float | None:
-    """Of the logarithms, by least squares; None of fewer than two values."""
-    return float(np.polyfit(np.log(values), np.log(figures), 1)[0]) if len(values) > 1 else None
-
-
 def local_slopes(values: Sequence[float], figures: Sequence[float]) -> list[float]:
     """Of the logarithms, between neighbours."""
     return (np.diff(np.log(figures)) / np.diff(np.log(values))).tolist()
@@ -399,18 +394,7 @@ def main(config: Config) -> None:
         small |= {"most_steps": 2, "data_steps": 4, "most_trainers": 1}
         results = config.results.with_name("smoke_scaling.json")
         config = replace(config, **small, cells=results.with_suffix(""), results=results, smoke=False)
-    grid = grid_of(config)
-
-    def done(*_: Any) -> None:
-        found = result(grid, claims)
-        write_result(config.results, found | {"slopes": slopes(found["cells"])})
-
-    try:
-        grid.run(done=done)
-    finally:
-        done()
-    for claim, held in result(grid, claims)["checks"].items():
-        print(f"{'holds' if held else 'DOES NOT HOLD'}: {claim}")
+    measure_all(grid_of(config), config.results, claims, lambda cells: {"slopes": slopes(cells)})
 
 
 if __name__ == "__main__":

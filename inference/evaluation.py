@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from elbozoo.inference import storage
 from elbozoo.inference.data import prepare_to_measure
 from elbozoo.inference.errors import NonFinite, must
 from elbozoo.inference.parts import whole_number
@@ -135,7 +136,7 @@ class Evaluation:
         """Plain numbers for JSON, K among them; None where a number does not exist."""
         k_hat, ess = self.per_datum.k_hat, self.per_datum.ess
         bad = k_hat[~np.isnan(k_hat)] > LARGE_K
-        return _plain(
+        return storage.plain(
             {
                 "num_particles": self.num_particles,
                 "weighted": self.weighted,
@@ -188,14 +189,6 @@ class Evaluation:
         with console.capture() as text:
             console.print(self)
         return text.get().rstrip()
-
-
-def _plain(x: Any) -> Any:
-    if isinstance(x, Mapping):
-        return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, int) or x is None:
-        return x
-    return float(x) if math.isfinite(x) else None
 
 
 # --- the computation --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from elbozoo.inference import storage
 from elbozoo.inference.errors import must
 from elbozoo.inference.evaluation import Evaluation
 from elbozoo.inference.parts import number, whole_number
@@ -136,7 +137,7 @@ class LocalMinima:
             "num_particles": self.num_particles,
             "num_data": self.num_data,
             "tolerance": self.tolerance,
-            **{name: [_plain(v) for v in getattr(self, name).tolist()] for name in vectors},
+            **{name: [storage.plain(v) for v in getattr(self, name).tolist()] for name in vectors},
             "active_units": list(self.active_units),
             "num_minima": self.num_minima,
             "best_seed": self.seeds[self.best],
@@ -279,7 +280,3 @@ def _listed(items: Sequence[Any]) -> str:
     """``1, 2 and 3``."""
     *most, last = map(str, items)
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def _plain(x: Any) -> Any:
-    return None if isinstance(x, float) and not math.isfinite(x) else x

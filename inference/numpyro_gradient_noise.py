@@ -37,13 +37,16 @@ def moments(
     compiled = program.__dict__.setdefault("_compiled", {})  # what a program keeps, and those with other parameters
     key = ("gradient_noise", objective, num_draws, warm_up)
     if key not in compiled:
-        compiled[key] = jax.jit(_drawing(program, objective, transforms, num_draws, warm_up))
+        told = program.with_params({n: v for n, v in params.items() if n not in OWN_SITES}, mutable).outline(args)
+        compiled[key] = jax.jit(_drawing(program, objective, transforms, told.num_data, num_draws, warm_up))
     bound, mean, variance = compiled[key](others, own, mutable, args, second)
     mean, variance = ({n: _flat(v) for n, v in found.items()} for found in (mean, variance))
     return float(bound), mean, variance, program.guide_parameters(args)
 
 
-def _drawing(program: Program, objective: Objective, transforms: Any, num_draws: int, warm_up: int) -> Callable:
+def _drawing(
+    program: Program, objective: Objective, transforms: Any, num_data: float, num_draws: int, warm_up: int
+) -> Callable:
     """Parameters, the estimator's own numbers, its memory, data and a key to the bound and the gradient's moments."""
     loss, adam = Loss(objective), optax.adam(1e-3)
     guide = loss.guide(program.guide_fn)
@@ -51,7 +54,7 @@ def _drawing(program: Program, objective: Objective, transforms: Any, num_draws:
     def mean_loss(free: Params, mutable: Params, args: tuple, key: jax.Array) -> Any:
         given = {**{n: transforms[n](v) for n, v in free.items()}, **mutable}
         out = loss.loss_with_mutable_state(key, given, program.model_fn, guide, *args)
-        return out["loss"] / len(args[0]), out["mutable_state"] or {}
+        return out["loss"] / num_data, out["mutable_state"] or {}
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
 

@@ -27,6 +27,7 @@ def moments(
         with twin.parameters():
             twin.materialise(inputs)
             loss.loss(twin.model, twin.guide, *inputs)  # the estimator's own numbers come to be
+            size = loss.terms(twin.model, twin.guide, *inputs).num_data
             own = [p for n, p in twin.store["params"].items() if n.startswith(OWN)]
             others = {n: p for n, p in twin._tensors().items() if p.requires_grad and not n.startswith(OWN)}
             wanted = [*others.values(), *own]
@@ -36,7 +37,7 @@ def moments(
                 value, surrogate = loss._value_and_surrogate(twin.model, twin.guide, inputs, {})
                 found = torch.autograd.grad(surrogate, wanted, allow_unused=True)
                 found = [torch.zeros_like(p) if g is None else g for g, p in zip(found, wanted, strict=True)]
-                return value / len(inputs[0]), [-g / len(inputs[0]) for g in found], loss.own.memory
+                return value / size, [-g / size for g in found], loss.own.memory
 
             memory, run = loss.own.memory, differentiate
             if program.spec is not None:

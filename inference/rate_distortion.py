@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from rich.progress import Progress
 
+from elbozoo.inference import storage
 from elbozoo.inference.arrays import standard_error
 from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import must
@@ -118,7 +119,7 @@ class RateDistortion:
         names = ("beta", "rate", "rate_se", "distortion", "distortion_se", "nll", "nll_se", "num_particles", "elbo")
         points = []
         for point in self.points:
-            row: dict[str, Any] = {name: _plain(getattr(point, name)) for name in names}
+            row: dict[str, Any] = {name: storage.plain(getattr(point, name)) for name in names}
             row["active_units"] = dict(point.active_units)
             row["collapse_epsilon"] = {n: [float(v) for v in e] for n, e in point.collapse_epsilon.items()}
             points.append(row)
@@ -126,7 +127,7 @@ class RateDistortion:
             "num_data": self.num_data,
             "delta": self.delta,
             "points": points,
-            "slopes": [{name: _plain(v) for name, v in slope._asdict().items()} for slope in self.slopes()],
+            "slopes": [{name: storage.plain(v) for name, v in slope._asdict().items()} for slope in self.slopes()],
             "frontier": [point.beta for point in self.frontier()],
         }
 
@@ -144,10 +145,6 @@ def _slope(low: RatePoint, high: RatePoint) -> Slope:
         return Slope(low.beta, high.beta, math.nan, math.nan)
     slope = float(-distortion.mean() / rate.mean())
     return Slope(low.beta, high.beta, slope, standard_error(distortion + slope * rate) / abs(float(rate.mean())))
-
-
-def _plain(x: float) -> float | None:
-    return x if math.isfinite(x) else None
 
 
 # --- the computation --------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Shapes: ``K`` particles first, then the plates that *every* site shares, ``*P`` 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -269,6 +270,11 @@ class Terms:
     data: Any = field(default=None, repr=False)
     trained: Mapping[str, Array] = field(default_factory=dict, repr=False)
     memory: Mapping[str, Array] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_data(self) -> float:
+        """Data in all: what ``scale`` times the sum of a bound's entries is divided by for nats per datum."""
+        return self.scale * math.prod(self.log_lik.shape[1:]) * self.data_per_entry
 
     @property
     def num_particles(self) -> int:

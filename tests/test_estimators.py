@@ -126,5 +126,7 @@ def test_bad_settings(own: Config) -> None:
         main(replace(own, program="math:nowhere"))
     with pytest.raises(InvalidArgument, match="program must be made as a Program; got float"):
         main(replace(own, program="random:random"))
+    with pytest.raises(InvalidArgument, match="seeds must follow one another"):
+        main(replace(own, seeds=(3, 7)))
     with pytest.raises(InvalidArgument, match="objectives must be one of"):
         main(replace(own, objectives=("iwea",)))

@@ -21,9 +21,10 @@ import sweep
 from sweep import Config, figures, logged
 
 from elbozoo.benchmarks import grid as grids
-from elbozoo.benchmarks.grid import CellsFailed, Grid, code_version, name_of, plain, result, write_result
+from elbozoo.benchmarks.grid import CellsFailed, Grid, code_version, measure_all, name_of, result
+from elbozoo.benchmarks.records import write_result
 from elbozoo.inference.errors import CorruptFile, InvalidArgument
-from elbozoo.inference.storage import WriteFailed
+from elbozoo.inference.storage import WriteFailed, plain
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = Path(__file__).resolve().parent
@@ -138,6 +139,17 @@ def test_a_corrupt_cell_is_named_and_measured_anew_alone(done: Grid, corrupt: An
         assert words.endswith(f"{name} is measured anew.")
         assert str(path) in words
     assert logged(done.config.folder) == spoilt
+    assert figures(done) == before
+
+
+def test_the_table_is_kept_up_to_date_past_a_corrupt_cell(done: Grid, tmp_path: Path):
+    """It is written after every cell, and so before the corrupt one has had its turn."""
+    before = figures(done)
+    done.path(done.cells[0]).unlink()
+    truncated(done)
+    with pytest.warns(UserWarning, match="measured anew"):
+        measure_all(done, tmp_path / "result.json", lambda cells: {"all": len(cells) == 4}, progress=False)
+    assert json.loads((tmp_path / "result.json").read_text())["checks"] == {"all": True}
     assert figures(done) == before
 
 

@@ -51,7 +51,8 @@ class DiffusionVAE(Spec):
         num_steps: T, the stochastic layers between noise and data.
         process: which of the forms.
         denoiser: the network.
-        predicts: what its output means: "noise", "signal", "velocity", or the signal's "prior" given z.
+        predicts: what its output means: "noise", "signal", "velocity", or "prior": the mean and log scale of a normal
+            prior of each entry of the signal, which z is then weighed against.
         schedule: of the noise.
         likelihood: family of x given z_0.
         stratified: spread the times of a batch evenly over (0, 1) (one-step): the mean is the same, the variance

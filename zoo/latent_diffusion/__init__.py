@@ -50,7 +50,8 @@ class LatentDiffusion(Spec):
         likelihood: family of x given z.
         guide: family of z given x.
         denoiser: the diffusion's network.
-        predicts: what its output means: "noise", "signal", "velocity", or the signal's "prior" given z.
+        predicts: what its output means: "noise", "signal", "velocity", or "prior": the mean and log scale of a normal
+            prior of each entry of the signal, which z is then weighed against.
         schedule: of the noise. The first end need not reach as far as for pixels: ``sigma_0`` is to be small beside the
             guide's scales.
         stratified: spread the times of a batch evenly over (0, 1).

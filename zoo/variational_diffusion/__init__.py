@@ -39,7 +39,8 @@ class VariationalDiffusion(Spec):
     Args:
         data_dim: entries of one datum, flat.
         denoiser: the network.
-        predicts: what its output means: "noise", "signal", "velocity", or the signal's "prior" given z.
+        predicts: what its output means: "noise", "signal", "velocity", or "prior": the mean and log scale of a normal
+            prior of each entry of the signal, which z is then weighed against.
         schedule: of the noise.
         likelihood: family of x given z_0.
         stratified: spread the times of a batch evenly over (0, 1): the mean is the same, the variance smaller.
