@@ -438,10 +438,35 @@ def test_a_prior_is_weighed_against_the_noised_signal() -> None:
         weight = stats.norm.pdf(x, mean, scale[j]) * stats.norm.pdf(z[i, j], alpha[i] * x, sigma[i])
         want = (z[i, j] - alpha[i] * (weight @ x) / weight.sum()) / sigma[i]
         output = np.concatenate([np.full((2, 2), mean), np.log(scale) + np.zeros((2, 2))], -1)
-        np.testing.assert_allclose(specs.noise_said(output, z, level, "prior")[i, j], want, rtol=1e-9)
+        np.testing.assert_allclose(specs.noise_said(output, z, level, "prior", ExactNormal())[i, j], want, rtol=1e-9)
     for log_scale, limit in ((-1e4, specs.noise_of(z, 0.0 * z, level)), (1e4, 0.0 * z)):
         output = np.concatenate([0.0 * z, 0.0 * z + log_scale], -1)
-        np.testing.assert_allclose(specs.noise_said(output, z, level, "prior"), limit, atol=1e-12)
+        np.testing.assert_allclose(specs.noise_said(output, z, level, "prior", ExactNormal()), limit, atol=1e-12)
+
+
+@pytest.mark.parametrize(("log_snr", "within"), [(13.3, 1e-3), (11.0, 1e-3), (9.0, 4e-3), (6.0, 4e-3)])
+def test_a_level_is_read_off_where_it_can_be(log_snr: float, within: float) -> None:
+    """The noise said is that of the mean given z of a level that was ``N(m, s^2)`` before: Bayes's rule on all levels."""
+    levels, level = 256, np.array([log_snr])
+    (alpha,), (sigma,) = noise(level)
+    grid, gap = np.linspace(-1, 1, levels), 2.0 / (levels - 1)
+    random = np.random.default_rng(0)
+    for mean, scale in ((-0.3, 0.2), (0.1, 5.0), (0.2, 0.3 * gap), (-0.6, 1e-4 * gap)):
+        x = grid[np.abs(grid - np.clip(mean, -0.5, 0.5)).argmin()] + gap * random.integers(-2, 3, 20)
+        z = (alpha * x + sigma * random.normal(size=20)).clip(-0.8 * alpha, 0.8 * alpha)
+        logits = stats.norm.logpdf(grid, mean, scale) + stats.norm.logpdf(z[:, None], alpha * grid, sigma)
+        want = special.softmax(logits, -1) @ grid
+        output = np.stack([np.full(20, mean), np.full(20, np.log(scale))], -1)
+        said = specs.noise_said(output, z[:, None], np.repeat(level, 20), "prior", DiscretizedNormal(levels))
+        np.testing.assert_allclose((z - sigma * said[:, 0]) / alpha, want, atol=within * gap)
+
+
+def test_a_level_that_is_surely_known_costs_no_nats() -> None:
+    """Beyond the ends there is no level: an output below them is the lowest one exactly, however little noise is left."""
+    level, z = np.array([13.3]), np.array([[-0.999, 0.31]])
+    output = np.array([[-1.7, 0.31, -9.0, 9.0]])  # surely black; unknown, and read off z
+    x = specs.signal_of(z, specs.noise_said(output, z, level, "prior", DiscretizedNormal(256)), level)
+    np.testing.assert_allclose(x, [[-1.0, np.round(0.31 * 127.5 + 127.5) / 127.5 - 1.0]], atol=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -51,12 +51,12 @@ def signal_of(z: Array, noise: Array, log_snr: Array) -> Array:
     return (z - sigma * noise) / alpha
 
 
-def noise_said(output: Array, z: Array, log_snr: Array, predicts: str) -> Array:
+def noise_said(output: Array, z: Array, log_snr: Array, predicts: str, end: EndLikelihood) -> Array:
     """The noise that a denoiser's output says there is.
 
-    ``"prior"`` is ``(m, log s)``, two halves of the last axis: the signal's mean given z were each entry ``N(m, s^2)``
-    before z was seen. With ``s = 0`` it is the signal m, with large s it is z itself: each entry is between what the
-    network knows and what is still to be read off z, by what is known of its scale.
+    ``"prior"`` is ``(m, log s)``, two halves of the last axis: the signal given z were each entry ``N(m, s^2)`` before z
+    was seen, and then ``end.likely`` values of it. With ``s = 0`` it is the signal m, with large s it is z itself: each
+    entry is between what the network knows and what is still to be read off z, by what is known of its scale.
     """
     if predicts == "noise":
         return output
@@ -66,7 +66,10 @@ def noise_said(output: Array, z: Array, log_snr: Array, predicts: str) -> Array:
         mean, log_scale = output[..., : z.shape[-1]], output[..., z.shape[-1] :]
         kept = log_snr[..., None] + 2.0 * log_scale
         xp = namespace(kept)
-        return noise_of(z, mean, log_snr) * xp.exp(-xp.logaddexp(kept, 0.0 * kept))  # sigmoid(-kept), never nan
+        log_known = -xp.logaddexp(kept, 0.0 * kept)  # log sigmoid(-kept), never nan
+        read = signal_of(z, 0.0 * z, log_snr)
+        mean, scale = read + xp.exp(log_known) * (mean - read), xp.exp(log_scale + 0.5 * log_known)
+        return noise_of(z, end.likely(mean, scale), log_snr)
     alpha, sigma = scales(log_snr)
     return alpha * output + sigma * z
 
@@ -137,6 +140,10 @@ class EndLikelihood(Part):
         """What of the data is noised."""
         return x
 
+    def likely(self, mean: Array, scale: Array) -> Array:
+        """A signal's mean, where it is ``N(mean, scale^2)`` but for what is known of the values that it can have."""
+        return mean
+
 
 @dataclasses.dataclass(frozen=True)
 class ExactNormal(EndLikelihood):
@@ -187,9 +194,28 @@ class DiscretizedNormal(EndLikelihood):
         """The levels as they are noised, (levels,)."""
         return np.linspace(-1.0, 1.0, self.levels)
 
+    def likely(self, mean: Array, scale: Array) -> Array:
+        """The mean over the levels near by. Where the scale is more than a level's width that is ``mean`` but for the
+        ends: it stays within [-1, 1].
+        """
+        xp, half = namespace(mean), 0.5 * (self.levels - 1)
+        level, precision = half * (mean + 1.0), (half * scale).clip(0.01, WIDE) ** -2.0
+        nearest = xp.round(level).clip(0, self.levels - 1)
+        total, moved = 1.0, 0.0  # masses beside that of the nearest level, whose logit is the largest
+        for j in (-2, -1, 1, 2):
+            there = (nearest + j >= 0) & (nearest + j <= self.levels - 1)
+            mass = xp.exp(xp.where(there, (level - nearest - 0.5 * j) * j * precision, -np.inf))
+            total, moved = total + mass, moved + j * mass
+        return (nearest + moved / total) / half - 1.0
+
 
 NEAR = 4
 """Levels on either side of the nearest one that a narrow normal distribution is normalised over."""
+
+WIDE = 0.6
+"""From this scale on, in widths of a level, the mean of a normal distribution over the levels is its own to 0.004, also
+of the five next to it.
+"""
 
 
 def is_narrow(likelihood: EndLikelihood, schedule: Any) -> bool:

@@ -36,7 +36,7 @@ class Model:
         spec = self.spec
         make = partial(self.Denoiser, spec.denoiser, spec.data_dim, outputs_of(spec.predicts))
         output = network(self.prefix + "denoiser", make)
-        return lambda z, log_snr: noise_said(output(z, log_snr), z, log_snr, spec.predicts)
+        return lambda z, log_snr: noise_said(output(z, log_snr), z, log_snr, spec.predicts, spec.likelihood)
 
     def decode(self, z: Array) -> dist.Distribution:
         """p(x | z_0) for z_0 of shape (..., data_dim)."""

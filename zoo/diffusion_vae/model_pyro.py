@@ -32,7 +32,7 @@ class Model(PyroModule):
     @pyro_method
     def noise(self, z: Tensor, log_snr: Tensor) -> Tensor:
         """The noise that the denoiser says there is in z."""
-        return noise_said(self.denoiser(z, log_snr), z, log_snr, self.spec.predicts)
+        return noise_said(self.denoiser(z, log_snr), z, log_snr, self.spec.predicts, self.spec.likelihood)
 
     def decode(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z_0) for z_0 of shape (..., data_dim)."""

@@ -38,7 +38,7 @@ class Model:
         spec = self.spec
         make = partial(self.Denoiser, spec.denoiser, spec.latent_dim, outputs_of(spec.predicts))
         output = network(self.prefix + "denoiser", make)
-        return lambda z, log_snr: noise_said(output(z, log_snr), z, log_snr, spec.predicts)
+        return lambda z, log_snr: noise_said(output(z, log_snr), z, log_snr, spec.predicts, ExactNormal())
 
     def __call__(self, x: ArrayLike | None = None, size: int | None = None) -> Array:
         """Sample the latents and x, or score x; without x draw ``size`` data. Returns x of shape (B, data_dim)."""

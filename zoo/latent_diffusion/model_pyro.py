@@ -35,7 +35,7 @@ class Model(PyroModule):
     @pyro_method
     def noise(self, z: Tensor, log_snr: Tensor) -> Tensor:
         """The noise that the denoiser says there is in z."""
-        return noise_said(self.denoiser(z, log_snr), z, log_snr, self.spec.predicts)
+        return noise_said(self.denoiser(z, log_snr), z, log_snr, self.spec.predicts, ExactNormal())
 
     def decode(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z) for z of shape (..., latent_dim); its mean is the reconstruction."""
