@@ -452,8 +452,8 @@ def test_a_level_is_read_off_where_it_can_be(log_snr: float, within: float) -> N
     grid, gap = np.linspace(-1, 1, levels), 2.0 / (levels - 1)
     random = np.random.default_rng(0)
     for mean, scale in ((-0.3, 0.2), (0.1, 5.0), (0.2, 0.3 * gap), (-0.6, 1e-4 * gap)):
-        x = grid[np.abs(grid - np.clip(mean, -0.5, 0.5)).argmin()] + gap * random.integers(-2, 3, 20)
-        z = (alpha * x + sigma * random.normal(size=20)).clip(-0.8 * alpha, 0.8 * alpha)
+        prior = special.softmax(stats.norm.logpdf(grid, mean, scale) + np.where(np.abs(grid) < 0.8, 0.0, -np.inf))
+        z = alpha * random.choice(grid, 20, p=prior) + sigma * random.normal(size=20)
         logits = stats.norm.logpdf(grid, mean, scale) + stats.norm.logpdf(z[:, None], alpha * grid, sigma)
         want = special.softmax(logits, -1) @ grid
         output = np.stack([np.full(20, mean), np.full(20, np.log(scale))], -1)
@@ -464,9 +464,21 @@ def test_a_level_is_read_off_where_it_can_be(log_snr: float, within: float) -> N
 def test_a_level_that_is_surely_known_costs_no_nats() -> None:
     """Beyond the ends there is no level: an output below them is the lowest one exactly, however little noise is left."""
     level, z = np.array([13.3]), np.array([[-0.999, 0.31]])
-    output = np.array([[-1.7, 0.31, -9.0, 9.0]])  # surely black; unknown, and read off z
+    output = np.array([[-1.7, 0.31, -0.5, 9.0]])  # a prior that black is in the middle of; any level, so read off z
     x = specs.signal_of(z, specs.noise_said(output, z, level, "prior", DiscretizedNormal(256)), level)
     np.testing.assert_allclose(x, [[-1.0, np.round(0.31 * 127.5 + 127.5) / 127.5 - 1.0]], atol=2e-4)
+
+
+def test_what_contradicts_a_sure_denoiser_costs_nats_and_not_their_square() -> None:
+    """A black that is white: the chain's KL for one pixel, over all noise levels, is tens of nats; else half a million."""
+    level = np.linspace(-5.0, 13.3, 2001)
+    alpha, sigma = (v[:, None] for v in noise(level))
+    eps = np.random.default_rng(0).normal(size=(2001, 1))
+    z, output = alpha * 1.0 + sigma * eps, np.repeat([[-1.0, -9.0]], 2001, 0)
+    said = specs.noise_said(output, z, level, "prior", DiscretizedNormal(256))
+    assert 15.0 < 0.5 * ((eps - said) ** 2).mean() * 18.3 < 60.0
+    said = specs.noise_said(output, z, level, "prior", ExactNormal())
+    assert 0.5 * ((eps - said) ** 2).mean() * 18.3 > 1e5
 
 
 @pytest.mark.parametrize(

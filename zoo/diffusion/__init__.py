@@ -54,9 +54,9 @@ def signal_of(z: Array, noise: Array, log_snr: Array) -> Array:
 def noise_said(output: Array, z: Array, log_snr: Array, predicts: str, end: EndLikelihood) -> Array:
     """The noise that a denoiser's output says there is.
 
-    ``"prior"`` is ``(m, log s)``, two halves of the last axis: the signal given z were each entry ``N(m, s^2)`` before z
-    was seen, and then ``end.likely`` values of it. With ``s = 0`` it is the signal m, with large s it is z itself: each
-    entry is between what the network knows and what is still to be read off z, by what is known of its scale.
+    ``"prior"`` is ``(m, log s)``, two halves of the last axis: the signal's mean given z, were each entry
+    ``N(m, s^2)`` before z was seen, and whatever else ``end`` knows of it. With ``s = 0`` that is m, with large s it is z
+    itself: each entry is between what the network knows and what is still to be read off z.
     """
     if predicts == "noise":
         return output
@@ -64,12 +64,7 @@ def noise_said(output: Array, z: Array, log_snr: Array, predicts: str, end: EndL
         return noise_of(z, output, log_snr)
     if predicts == "prior":
         mean, log_scale = output[..., : z.shape[-1]], output[..., z.shape[-1] :]
-        kept = log_snr[..., None] + 2.0 * log_scale
-        xp = namespace(kept)
-        log_known = -xp.logaddexp(kept, 0.0 * kept)  # log sigmoid(-kept), never nan
-        read = signal_of(z, 0.0 * z, log_snr)
-        mean, scale = read + xp.exp(log_known) * (mean - read), xp.exp(log_scale + 0.5 * log_known)
-        return noise_of(z, end.likely(mean, scale), log_snr)
+        return noise_of(z, end.expected(mean, log_scale, signal_of(z, 0.0 * z, log_snr), log_snr[..., None]), log_snr)
     alpha, sigma = scales(log_snr)
     return alpha * output + sigma * z
 
@@ -140,9 +135,21 @@ class EndLikelihood(Part):
         """What of the data is noised."""
         return x
 
-    def likely(self, mean: Array, scale: Array) -> Array:
-        """A signal's mean, where it is ``N(mean, scale^2)`` but for what is known of the values that it can have."""
-        return mean
+    def expected(self, mean: Array, log_scale: Array, read: Array, log_snr: Array) -> Array:
+        """The signal's mean given ``read ~ N(signal, 1 / snr)``, were the signal ``N(mean, scale^2)``."""
+        return given(mean, log_scale, read, log_snr)[0]
+
+
+def given(mean: Array, log_scale: Array, read: Array, log_snr: Array) -> tuple[Array, Array]:
+    """Mean and scale of x ~ N(mean, scale^2) given ``read ~ N(x, 1 / snr)``."""
+    log_known = -softplus(log_snr + 2.0 * log_scale)
+    exp = namespace(log_known).exp
+    return read + exp(log_known) * (mean - read), exp(log_scale + 0.5 * log_known)
+
+
+def softplus(x: Array) -> Array:
+    """``log(1 + e^x)``, finite wherever x is."""
+    return namespace(x).logaddexp(x, 0.0 * x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,9 +201,21 @@ class DiscretizedNormal(EndLikelihood):
         """The levels as they are noised, (levels,)."""
         return np.linspace(-1.0, 1.0, self.levels)
 
-    def likely(self, mean: Array, scale: Array) -> Array:
-        """The mean over the levels near by. Where the scale is more than a level's width that is ``mean`` but for the
-        ends: it stays within [-1, 1].
+    def expected(self, mean: Array, log_scale: Array, read: Array, log_snr: Array) -> Array:
+        """The mean over the levels near by, of a prior as wide as it must be for ``read`` to be no surprise.
+
+        What the network is sure of and ``read`` contradicts then costs some nats, and not the signal-to-noise ratio's
+        square: ``scale^2`` is what it was said to be up to :data:`SURPRISE` standard deviations.
+        """
+        xp = namespace(read)
+        variance = xp.exp(2.0 * log_scale.clip(-12.0, 12.0))
+        surprise = ((read - mean.clip(-1.0, 1.0)) / SURPRISE) ** 2 - variance - xp.exp(-log_snr)
+        return self.rounded(*given(mean, 0.5 * xp.log(variance + surprise.clip(0.0)), read, log_snr))
+
+    def rounded(self, mean: Array, scale: Array) -> Array:
+        """The mean of ``N(mean, scale^2)`` on the levels alone, of which there are none beyond -1 and 1.
+
+        Where the scale is more than a level's width it is ``mean`` but for these ends.
         """
         xp, half = namespace(mean), 0.5 * (self.levels - 1)
         level, precision = half * (mean + 1.0), (half * scale).clip(0.01, WIDE) ** -2.0
@@ -208,6 +227,9 @@ class DiscretizedNormal(EndLikelihood):
             total, moved = total + mass, moved + j * mass
         return (nearest + moved / total) / half - 1.0
 
+
+SURPRISE = 5.0
+"""Standard deviations from which on a denoiser's prior is taken to be wider than it said."""
 
 NEAR = 4
 """Levels on either side of the nearest one that a narrow normal distribution is normalised over."""
