@@ -207,9 +207,9 @@ class DiscretizedNormal(EndLikelihood):
         What the network is sure of and ``read`` contradicts then costs some nats, and not the signal-to-noise ratio's
         square: ``scale^2`` is what it was said to be up to :data:`SURPRISE` standard deviations.
         """
-        xp = namespace(read)
+        xp = namespace(mean)
         variance = xp.exp(2.0 * log_scale.clip(-12.0, 12.0))
-        surprise = ((read - mean.clip(-1.0, 1.0)) / SURPRISE) ** 2 - variance - xp.exp(-log_snr)
+        surprise = ((read - mean.clip(-1.0, 1.0)) / SURPRISE) ** 2 - variance - xp.exp(0.0 * mean - log_snr)
         return self.rounded(*given(mean, 0.5 * xp.log(variance + surprise.clip(0.0)), read, log_snr))
 
     def rounded(self, mean: Array, scale: Array) -> Array:
