@@ -48,8 +48,8 @@ class Run:
             (torch modules in evaluation mode).
         objective: what was maximised.
         history: one dict an epoch: ``epoch``, ``step``, ``bound`` (unshaped, nats per datum, training minibatches),
-            ``rate``, ``distortion``, ``kl_<site>``, ``grad_norm``, ``seconds``; ``live_<site>`` where the site
-            factorises: how many of its dimensions have a minibatch-mean KL above 0.01 nats (the mean over the epoch's
+            ``rate``, ``distortion``, ``kl_<site>``, ``seconds``, ``grad_norm`` (in NumPyro of every tenth step, where
+            an epoch has as many); ``live_<site>`` where the site factorises: how many of its dimensions have a minibatch-mean KL above 0.01 nats (the mean over the epoch's
             minibatches, so it need not be whole); ``valid_bound`` with held-out data; ``shaped_bound``, ``beta``, …
             under a shape; ``skipped``, the share of the epoch's updates, under ``Adam(skip_norm=…)``.
         config: settings, versions and seeds; JSON-able. After a start with a phase, ``config["phase"]`` has the figures
@@ -445,6 +445,10 @@ def _run_phase(start: Start, trainer: Any, loop: _Loop, progress: bool) -> None:
     loop.phase = [{n: v for n, v in rows[-1].items() if n != "seconds"} for rows in phase.rows]
 
 
+NORM_EVERY = 10
+"""Steps from one measured norm of the gradient to the next, where measuring takes time."""
+
+
 class _Loop:
     """A training in progress: trainer, rows of history, epoch; what a checkpoint holds.
 
@@ -469,6 +473,8 @@ class _Loop:
             directory,
         )
         self.source = source
+        steps = config.get("epoch_steps") or source.steps
+        trainer.norm_every = NORM_EVERY if steps is not None and steps >= NORM_EVERY else 1
         self.first, self.epoch, self.rows = first, 0, [[] for _ in seeds]
         self.phase: list[dict[str, float | int] | None] = [None for _ in seeds]
 
@@ -500,7 +506,7 @@ class _Loop:
         self.epoch += 1
         seconds = self.trainer.same(time.perf_counter() - start)
         for r, rows in enumerate(self.rows):
-            row = {n: float(v[r].mean()) for n, v in metrics.items()}
+            row = {n: float(v[r].mean(where=(n != "grad_norm") | (v[r] >= 0))) for n, v in metrics.items()}
             for name in ("beta", "capacity"):  # a schedule's value where the epoch ends
                 if name in metrics:
                     row[name] = float(metrics[name][r, -1])

@@ -739,13 +739,21 @@ def replay(engine: str, rate: Any, steps: int) -> dict[str, np.ndarray]:
     return trainer.programs()[0].weights
 
 
-def test_a_gradient_that_is_none_names_the_parameter(engine: str) -> None:
+@pytest.mark.parametrize("batch_size", [60, 4])
+def test_a_gradient_that_is_none_names_the_parameter(engine: str, batch_size: int) -> None:
     """The bound is finite; ``sqrt`` has no gradient at 0."""
     with pytest.raises(NonFinite) as info:
-        fit(program(engine, "root"), data(), epochs=2, progress=False)
+        fit(program(engine, "root"), data(), epochs=2, batch_size=batch_size, progress=False)
     assert (info.value.site, info.value.step) == ("tilt", 0)
     assert_finite(info.value.run)
     assert info.value.run.weights["tilt"] == 0.0
+
+
+def test_a_gradient_that_is_none_between_two_that_are_measured(engine: str) -> None:
+    """In 15 steps an epoch NumPyro measures every tenth; the step is found by what the parameters are after it."""
+    error = stops(engine=engine, epochs=2, batch_size=4, learning_rate=Undefined(7), objective=ELBO())
+    assert (error.step, error.site) == (7, {"numpyro": "decoder$params", "pyro": "decoder.weight"}[engine])
+    assert_finite(error.run)
 
 
 def test_initial_parameters_that_are_not_finite_leave_no_good_state(engine: str, tmp_path: Path) -> None:
