@@ -375,7 +375,8 @@ def step_bytes(program: Any, objective: Objective, x: np.ndarray) -> int:
 
         loss = Loss(objective)
         guide = loss.guide(program.guide_fn)
-        params, _, mutable = replace(program, guide_fn=guide).init(jax.random.PRNGKey(0), x)
+        whole = replace(program, guide_fn=guide)
+        params, mutable = jax.jit(lambda key: whole.init(key, x)[::2])(jax.random.PRNGKey(0))
 
         def mean(params: Any, key: Any) -> Any:
             return loss.loss(key, params | mutable, program.model_fn, guide, x)
@@ -418,8 +419,10 @@ def gradients(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
     }
 
 
-def states(config: Config, cell: Cell, train: np.ndarray, scratch: Path) -> dict[str, Any]:
-    """The model at the start, in the middle and at the end of a training by its reference."""
+def states(
+    config: Config, cell: Cell, train: np.ndarray, scratch: Path, stages: tuple[str, ...] = STAGES
+) -> dict[str, Any]:
+    """The model at the start, in the middle and at the end of a training by its reference, or at some of these."""
     model, every = cell["model"], objectives(config.particles, config.num_steps / 2)
     pieces = max(2, config.num_steps // PIECE)
     settings: dict[str, Any] = {
@@ -429,6 +432,8 @@ def states(config: Config, cell: Cell, train: np.ndarray, scratch: Path) -> dict
     settings |= {"learning_rate": config.learning_rate, "progress": False}
     states: dict[str, Any] = {}
     for stage, epochs, steps in (("start", 1, 1), ("middle", pieces // 2, PIECE), ("end", pieces, PIECE)):
+        if stage not in stages:
+            continue
         place: dict[str, Any] = settings | {"directory": scratch / f"state-{steps}"}
         run = fit(
             build(config, cell["engine"], model, train.shape[1]),
@@ -478,7 +483,7 @@ def reference_of(config: Config, smooth: bool, objective: Objective) -> Objectiv
 def laws(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
     """The gap of IWAE, and the signal-to-noise of its gradients, against K at the end of a training."""
     train, test = images(config, cell["data"])
-    program = states(config, cell, train, scratch)["end"]
+    program = states(config, cell, train, scratch, ("end",))["end"]
     x, most = train[: config.batch_size], config.law_draws
     log_weights = np.concatenate(
         [program.apply(_log_weight, (test,), num_particles=most, seed=seed) for seed in range(4)]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
+from covering import covering
 from programs import data, program
 from sklearn.datasets import load_digits
 
@@ -468,7 +469,7 @@ def test_a_users_own_program_is_not_traced() -> None:
 # --- replicates ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("binarize", ["stochastic", "static"])
+@covering("binarize", ("stochastic", "static"), numpyro=(0,))
 def test_replicates_are_single_runs_with_the_next_seeds(engine: str, binarize: str) -> None:
     options = {"batch_size": 30, "epochs": 3, "valid": GREY[:30], "binarize": binarize, "progress": False}
     options |= {"objective": AnnealedKL(ELBO(), warmup=2.0), "optimizer": Adam(skip_norm=2.0, average=0.7)}
@@ -629,7 +630,7 @@ def test_a_trained_program_goes_on_from_its_weights(engine: str) -> None:
     assert np.abs(still.weights["decoder.weight"] - before["decoder.weight"]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["functions", "modules", "batch_norm"])
+@covering("name", ("functions", "modules", "batch_norm"), numpyro=(0, 2))
 def test_programs_of_the_user_s_own(engine: str, name: str, tmp_path: Path) -> None:
     run = quick(engine, name, epochs=20, learning_rate=0.02, objective=IWAE(2), directory=tmp_path)
     assert run.history[-1]["bound"] > run.history[0]["bound"] + 0.3
@@ -640,7 +641,7 @@ def test_programs_of_the_user_s_own(engine: str, name: str, tmp_path: Path) -> N
     assert found[0].nll == found[1].nll == found[2].nll
 
 
-@pytest.mark.parametrize("name", ["functions", "modules"])
+@covering("name", ("functions", "modules"), numpyro=(0,))
 def test_constrained_parameters_stay_in_their_sets(engine: str, name: str) -> None:
     """The scale starts at 2 and wants to be near 0.5; steps of 0.4 would carry it below 0 without the constraint."""
     run = quick(engine, name, epochs=30, learning_rate=0.4)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
+from covering import covering
 from test_starts import AXES, DATA, EIGENVALUES, MEAN, S2, Falling, log_likelihood
 
 from elbozoo.inference import ELBO, Collapsed, Course, Run, fit, local_minima
@@ -98,12 +99,12 @@ def test_what_the_data_cannot_tell_apart_is_one_minimum(engine: str) -> None:
 
 
 @pytest.mark.usefixtures("as_users_run_it")
-@pytest.mark.parametrize("start", [None, Collapsed(epochs=100)], ids=["normal", "collapsed"])
+@covering("start", (None, Collapsed(epochs=20)), numpyro=(1,), ids=lambda s: "normal" if s is None else "collapsed")
 def test_the_linear_model_has_no_bad_minimum(engine: str, start: Any) -> None:
     """All seeds end at the likelihood's maximum, wherever they begin (Lucas et al. 2019, theorem 1)."""
     spec = LinearVAE(data_dim=5, latent_dim=2, scale=float(np.sqrt(S2)))
     options: dict[str, Any] = {"batch_size": len(DATA), "learning_rate": Falling(0.1, 600), "progress": False}
-    runs = fit(getattr(spec, engine)(), DATA, epochs=600, start=start, replicates=3, **options)
+    runs = fit(getattr(spec, engine)(), DATA, epochs=120, epoch_steps=5, start=start, replicates=3, **options)
     found = local_minima(runs, DATA, num_particles=30, tolerance=0.05)
     assert found.num_minima == 1
     assert found.active_units == (2, 2, 2)
@@ -112,7 +113,7 @@ def test_the_linear_model_has_no_bad_minimum(engine: str, start: Any) -> None:
     np.testing.assert_allclose(found.nll, -log_likelihood(S2, 2), atol=0.02)
     if start is not None:
         assert all(course.live[0] == 0 for course in found.courses)
-        assert all(1 < (course.recovery_epoch or 0) < 600 for course in found.courses)
+        assert all(1 < (course.recovery_epoch or 0) < 120 for course in found.courses)
         assert "3 came back from a collapse" in " ".join(found.verdict)
 
 
