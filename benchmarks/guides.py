@@ -124,7 +124,7 @@ def trained(config: Config, model: Any, family: Family, x: np.ndarray, seed: int
 
     encoder = MLP((config.hidden,) * 2, "tanh")
     spec = VAE(config.data_dim, config.latent_dim, encoder, Gaussian(config.noise), family)
-    program = Program(model.frozen().model_fn, spec.numpyro().guide_fn)
+    program = Program(model.frozen().model_fn, spec.numpyro().guide_fn, spec)
     copies = max(config.num_steps // 100, 1)  # an epoch is one compiled loop: few long ones are faster
 
     def step_size(step: Any) -> Any:
