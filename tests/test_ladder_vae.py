@@ -55,6 +55,7 @@ def test_every_bound_is_the_evidence_under_the_exact_guide(engine: str, bound: A
     np.testing.assert_allclose(found, EXACT.log_evidence(X), atol=1e-10)
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_the_gap_of_any_linear_ladder_is_the_kl_of_two_joint_gaussians(engine: str) -> None:
     rng = np.random.default_rng(5)
     layers = [

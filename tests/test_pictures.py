@@ -228,6 +228,7 @@ def own(engine: str, kind: str) -> tuple[Run, Any]:
     return Run(program, ELBO(), [], dict(CONFIG)), data
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_discrete_sites_and_several_arguments(engine: str) -> None:
     run, data = own(engine, "two sites")
     figure = pictures.aggregate_posterior(run, data)

@@ -84,6 +84,7 @@ def test_the_trained_curve_is_the_closed_forms(engine: str) -> None:
     assert plain["num_data"] == 2000
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_errors_are_those_of_the_choice_of_data(engine: str) -> None:
     """At the optimum ``rate_n = Σ ½ (m_i² + v_i - 1 - log v_i)`` with ``m_i ~ N(0, 1 - v_i)``: variance ``½ Σ (1 - v_i)²``."""
     x = with_covariance(EIGENVALUES, 1000)

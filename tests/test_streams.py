@@ -88,7 +88,7 @@ def test_stored_rows_train_as_those_in_memory(engine: str, store: str, tmp_path:
     assert readers() == []
 
 
-@covering("binarize", ("static", "none"), numpyro=(0,))
+@covering("binarize", ("static", "none"), numpyro=())
 def test_pixels_are_binarised_as_in_memory(engine: str, binarize: str, tmp_path: Path) -> None:
     x = GREY.round() if binarize == "none" else GREY
     one, two = (train(engine, d, binarize=binarize, epochs=2) for d in (x, saved(x, tmp_path)))
@@ -127,6 +127,7 @@ def test_a_start_with_a_phase(engine: str, tmp_path: Path) -> None:
         train(engine, saved(GREY, tmp_path), start=PPCA())
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_all_data_a_minibatch_are_loaded(engine: str, tmp_path: Path) -> None:
     one, two = (train(engine, d, batch_size=200) for d in (GREY, saved(GREY, tmp_path)))
     assert same(one, two)
@@ -333,6 +334,7 @@ def test_a_shuffling_data_loader_repeats_under_its_generator(engine: str) -> Non
     assert not same(one, other)
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_an_iterator_serves_one_pass(engine: str) -> None:
     x = GREY.round()
     made = iter(Again(x))

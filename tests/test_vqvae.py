@@ -399,7 +399,7 @@ def ema_weights(spec: VQVAE, seed: int = 0) -> dict[str, np.ndarray]:
 @covering(
     "quantizer,objective",
     list(itertools.product((BOOK, RESIDUAL), (OBJECTIVE, PIWAE(2, 2, gradient=StraightThrough())))),
-    numpyro=(1, 2),
+    numpyro=(3,),
     ids=lambda part: type(part).__name__,
 )
 def test_moving_averages(engine: str, quantizer: Any, objective: Any) -> None:
