@@ -106,7 +106,9 @@ def test_the_linear_model_has_no_bad_minimum(engine: str, start: Any) -> None:
     spec = LinearVAE(data_dim=5, latent_dim=2, scale=float(np.sqrt(S2)))
     options: dict[str, Any] = {"batch_size": len(DATA), "learning_rate": Falling(0.1, 600), "progress": False}
     steps = 50 if start is None else 1  # of an epoch: what comes back from a collapse has done so after two
-    runs = fit(getattr(spec, engine)(), DATA, epochs=600 // steps, epoch_steps=steps, start=start, replicates=3, **options)
+    runs = fit(
+        getattr(spec, engine)(), DATA, epochs=600 // steps, epoch_steps=steps, start=start, replicates=3, **options
+    )
     found = local_minima(runs, DATA, num_particles=30, tolerance=0.05)
     assert found.num_minima == 1
     assert found.active_units == (2, 2, 2)
