@@ -102,7 +102,7 @@ def clean_slate() -> Iterator[None]:
         sys.modules["pyro"].clear_param_store()
 
 
-LONGEST = {"test_benchmarks", "test_cli", "test_deep_hierarchical_vae", "test_discrete", "test_docs", "test_gradients"}
+LONGEST = {"test_benchmarks", "test_cli", "test_docs", "test_gradients", "test_streams", "test_twins"}
 """Files to begin with, lest one worker end with them alone."""
 
 
