@@ -1046,7 +1046,8 @@ class Program:
         untrained = replace(self, params=None)
 
         def initial(key: jax.Array) -> tuple[Params, Params]:
-            return untrained.init(key, *example)[::2]
+            params, _, mutable = untrained.init(key, *example)
+            return params, mutable
 
         template, mutable = jax.eval_shape(initial, random.key(0))  # of parameters the shapes alone are asked for
         mutable = jax.jit(lambda key: initial(key)[1])(random.key(0)) if mutable else {}

@@ -890,7 +890,10 @@ def test_training_resumes_with_what_the_estimator_knows(engine: str, gradient: A
 
 @pytest.mark.pyro
 def test_a_traced_step_trains_a_control_variate_as_a_plain_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """RELAX, whose numbers are REBAR's and a network's. Two derivatives are taken within the step that is traced. A trace leaves out unused draws: none is random here."""
+    """RELAX, whose numbers are REBAR's and a network's: two derivatives are taken within the step that is traced.
+
+    A trace leaves out unused draws: none is random here.
+    """
     import torch
 
     from elbozoo.inference import Adam
