@@ -233,10 +233,15 @@ def source_of(program: str) -> str:
 
 def fitting(config: Config, model: str, x: np.ndarray | None = None) -> dict[str, Objective]:
     """The objectives that fit a model, among those that are asked for: asked of the objectives themselves."""
+    return _fitting(config, *_asked(config, model, x))
+
+
+def _asked(config: Config, model: str, x: np.ndarray | None = None) -> tuple[Any, np.ndarray]:
+    """The program that objectives are asked about, and data for it."""
     if model == OWN:
         x = images(config, config.data[0])[0][:2] if x is None else x[:2]
-        return _fitting(config, initialised(own_program(config), x), x)
-    return _fitting(config, _small(config.engines[0], model, config.latent_dim), np.ones((2, 6)))
+        return initialised(own_program(config), x), x
+    return _small(config.engines[0], model, config.latent_dim), np.ones((2, 6))
 
 
 def _fitting(config: Config, program: Any, x: np.ndarray) -> dict[str, Objective]:
@@ -284,9 +289,10 @@ def initialised(program: Any, x: np.ndarray) -> Any:
     return program.with_params(params, mutable)
 
 
+@cache
 def is_smooth(config: Config, model: str) -> bool:
     """Whether a model's sites are reparameterised."""
-    return all(_smooth(objective) for objective in fitting(replace(config, objectives=()), model).values())
+    return may_train(*_asked(config, model), ELBO())
 
 
 def images(config: Config, name: str) -> tuple[np.ndarray, np.ndarray]:
