@@ -285,8 +285,12 @@ def initialised(program: Any, x: np.ndarray) -> Any:
         return program
     import jax
 
-    params, _, mutable = program.init(jax.random.PRNGKey(0), x)
-    return program.with_params(params, mutable)
+    def initial(key: Any) -> tuple[Any, ...]:
+        return program.init(key, x)[::2]
+
+    # a guide of the user's own may keep what it sees at its first call, which must not be a tracer
+    run = initial if program.spec is None else jax.jit(initial)
+    return program.with_params(*run(jax.random.PRNGKey(0)))
 
 
 @cache
