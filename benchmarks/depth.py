@@ -222,14 +222,14 @@ def main(config: Config) -> None:
     if config.smoke:
         config = Config(
             data="digits",
-            layers=(2, 4),
+            layers=(2, 2),  # the second is read from the record, and held against itself
             width=4,
             hidden=2,
             latent_channels=1,
-            num_train=64,
-            batch_size=16,
+            num_train=8,
+            batch_size=4,
             remat_steps=2,
-            num_test=32,
+            num_test=4,
             results=config.results.with_name("smoke_depth.json"),
         )
     record = Record(config.results, __doc__ or "", config, ("numpyro",), grid=("layers",))

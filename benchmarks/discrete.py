@@ -213,7 +213,8 @@ def variance(config: Config, program: Any, objective: Any, x: np.ndarray) -> flo
         return jnp.asarray(loss.loss(key, params | own, program.model_fn, program.guide_fn, x)) / len(x)
 
     if memory:  # the mean bound of this batch, as if it had long been remembered
-        memory = {"mean": -mean_loss(params, trained, memory, jax.random.key(1)), "share": jnp.ones(())}
+        remembered = jax.jit(mean_loss)(params, trained, memory, jax.random.key(1))
+        memory = {"mean": -remembered, "share": jnp.ones(())}
     if trained:
         adam = optax.adam(1e-3)
 
@@ -235,7 +236,8 @@ def variance(config: Config, program: Any, objective: Any, x: np.ndarray) -> flo
         g = gradient(key)
         return (carry[0] + g, carry[1] + g**2), None
 
-    keys, zero = jax.random.split(jax.random.key(3), config.num_gradients), jnp.zeros_like(gradient(jax.random.key(0)))
+    keys, like = jax.random.split(jax.random.key(3), config.num_gradients), jax.eval_shape(gradient, jax.random.key(0))
+    zero = jnp.zeros(like.shape, like.dtype)
     total, squares = jax.jit(lambda: jax.lax.scan(moments, (zero, zero), keys))()[0]
     n = config.num_gradients
     return float(((squares - total**2 / n) / (n - 1)).sum())

@@ -233,10 +233,15 @@ def source_of(program: str) -> str:
 
 def fitting(config: Config, model: str, x: np.ndarray | None = None) -> dict[str, Objective]:
     """The objectives that fit a model, among those that are asked for: asked of the objectives themselves."""
+    return _fitting(config, *_asked(config, model, x))
+
+
+def _asked(config: Config, model: str, x: np.ndarray | None = None) -> tuple[Any, np.ndarray]:
+    """The program that objectives are asked about, and data for it."""
     if model == OWN:
         x = images(config, config.data[0])[0][:2] if x is None else x[:2]
-        return _fitting(config, initialised(own_program(config), x), x)
-    return _fitting(config, _small(config.engines[0], model, config.latent_dim), np.ones((2, 6)))
+        return initialised(own_program(config), x), x
+    return _small(config.engines[0], model, config.latent_dim), np.ones((2, 6))
 
 
 def _fitting(config: Config, program: Any, x: np.ndarray) -> dict[str, Objective]:
@@ -280,13 +285,18 @@ def initialised(program: Any, x: np.ndarray) -> Any:
         return program
     import jax
 
-    params, _, mutable = program.init(jax.random.PRNGKey(0), x)
-    return program.with_params(params, mutable)
+    def initial(key: Any) -> tuple[Any, ...]:
+        return program.init(key, x)[::2]
+
+    # a guide of the user's own may keep what it sees at its first call, which must not be a tracer
+    run = initial if program.spec is None else jax.jit(initial)
+    return program.with_params(*run(jax.random.PRNGKey(0)))
 
 
+@cache
 def is_smooth(config: Config, model: str) -> bool:
     """Whether a model's sites are reparameterised."""
-    return all(_smooth(objective) for objective in fitting(replace(config, objectives=()), model).values())
+    return may_train(*_asked(config, model), ELBO())
 
 
 def images(config: Config, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -375,7 +385,8 @@ def step_bytes(program: Any, objective: Objective, x: np.ndarray) -> int:
 
         loss = Loss(objective)
         guide = loss.guide(program.guide_fn)
-        params, _, mutable = replace(program, guide_fn=guide).init(jax.random.PRNGKey(0), x)
+        whole = replace(program, guide_fn=guide)
+        params, mutable = jax.jit(lambda key: whole.init(key, x)[::2])(jax.random.PRNGKey(0))
 
         def mean(params: Any, key: Any) -> Any:
             return loss.loss(key, params | mutable, program.model_fn, guide, x)
@@ -418,8 +429,10 @@ def gradients(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
     }
 
 
-def states(config: Config, cell: Cell, train: np.ndarray, scratch: Path) -> dict[str, Any]:
-    """The model at the start, in the middle and at the end of a training by its reference."""
+def states(
+    config: Config, cell: Cell, train: np.ndarray, scratch: Path, stages: tuple[str, ...] = STAGES
+) -> dict[str, Any]:
+    """The model at the start, in the middle and at the end of a training by its reference, or at some of these."""
     model, every = cell["model"], objectives(config.particles, config.num_steps / 2)
     pieces = max(2, config.num_steps // PIECE)
     settings: dict[str, Any] = {
@@ -429,6 +442,8 @@ def states(config: Config, cell: Cell, train: np.ndarray, scratch: Path) -> dict
     settings |= {"learning_rate": config.learning_rate, "progress": False}
     states: dict[str, Any] = {}
     for stage, epochs, steps in (("start", 1, 1), ("middle", pieces // 2, PIECE), ("end", pieces, PIECE)):
+        if stage not in stages:
+            continue
         place: dict[str, Any] = settings | {"directory": scratch / f"state-{steps}"}
         run = fit(
             build(config, cell["engine"], model, train.shape[1]),
@@ -478,7 +493,7 @@ def reference_of(config: Config, smooth: bool, objective: Objective) -> Objectiv
 def laws(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
     """The gap of IWAE, and the signal-to-noise of its gradients, against K at the end of a training."""
     train, test = images(config, cell["data"])
-    program = states(config, cell, train, scratch)["end"]
+    program = states(config, cell, train, scratch, ("end",))["end"]
     x, most = train[: config.batch_size], config.law_draws
     log_weights = np.concatenate(
         [program.apply(_log_weight, (test,), num_particles=most, seed=seed) for seed in range(4)]

@@ -124,7 +124,7 @@ def trained(config: Config, model: Any, family: Family, x: np.ndarray, seed: int
 
     encoder = MLP((config.hidden,) * 2, "tanh")
     spec = VAE(config.data_dim, config.latent_dim, encoder, Gaussian(config.noise), family)
-    program = Program(model.frozen().model_fn, spec.numpyro().guide_fn)
+    program = Program(model.frozen().model_fn, spec.numpyro().guide_fn, spec)
     copies = max(config.num_steps // 100, 1)  # an epoch is one compiled loop: few long ones are faster
 
     def step_size(step: Any) -> Any:
@@ -220,7 +220,7 @@ def main(config: Config) -> None:
     if config.smoke:
         results = config.results.with_name("smoke_guides.json")
         small: dict[str, Any] = {"num_seeds": 1, "num_data": 4, "num_steps": 4, "hidden": 4, "local_steps": 2}
-        small |= {"families": ("diagonal", "full covariance", "spline flow")}
+        small |= {"families": ("full covariance", "spline flow")}
         config = replace(config, **small, num_draws=10, num_importance=20, grid_points=5, results=results, smoke=False)
     record = Record(config.results, __doc__ or "", config, ("numpyro",), grid=("num_seeds", "families"))
     cells = {str(s): record.cell(f"seed {s}", lambda s=s: measure(config, s)) for s in range(config.num_seeds)}

@@ -230,7 +230,7 @@ def main(config: Config) -> None:
         config = Config(
             data="digits",
             layers=(2,),
-            objectives=("plain", "free-bits"),
+            objectives=("plain",),
             num_seeds=2,
             num_train=300,
             epochs=2,

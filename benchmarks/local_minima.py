@@ -223,6 +223,7 @@ def main(config: Config) -> None:
     if config.smoke:
         config = Config(
             data="digits",
+            decoders=("strong",),
             starts=("normal", "collapsed"),
             objectives=("elbo",),
             num_seeds=2,

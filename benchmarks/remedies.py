@@ -197,7 +197,7 @@ def claims(cells: Cells) -> dict[str, bool]:
 def main(config: Config) -> None:
     """Run every cell, then say which claims held."""
     if config.smoke:
-        small: dict[str, Any] = {"data": ("digits",), "models": (MODELS[0], MODELS[-1]), "scale": 0.1}
+        small: dict[str, Any] = {"data": ("digits",), "models": (MODELS[0], MODELS[-2]), "scale": 0.1}
         small |= {"seconds": 0.1, "num_train": 64, "batch_size": 32, "num_particles": 2, "sampling_steps": 3}
         config = replace(
             config, **small, num_test=20, results=config.results.with_name("smoke_remedies.json"), smoke=False

@@ -169,6 +169,7 @@ def main(config: Config) -> None:
     if config.smoke:
         results = config.results.with_name("smoke_semi_supervised.json")
         small: dict[str, Any] = {"data": "digits", "labels": (20,), "num_unlabelled": 80, "epochs": 1, "batch_size": 20}
+        small |= {"objectives": ("auxiliary", "classifier")}
         config = replace(config, **small, latent_dim=2, hidden=4, num_test=50, results=results, smoke=False)
     record = Record(config.results, __doc__ or "", config, ("numpyro",), grid=("labels", "objectives", "seeds"))
     cells = {}

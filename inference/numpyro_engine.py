@@ -1044,7 +1044,13 @@ class Program:
                 )
             example = (jnp.zeros((1, self.spec.data_dim)),)
         untrained = replace(self, params=None)
-        template, mutable = jax.jit(lambda key: untrained.init(key, *example)[::2])(random.key(0))
+
+        def initial(key: jax.Array) -> tuple[Params, Params]:
+            params, _, mutable = untrained.init(key, *example)
+            return params, mutable
+
+        template, mutable = jax.eval_shape(initial, random.key(0))  # of parameters the shapes alone are asked for
+        mutable = jax.jit(lambda key: initial(key)[1])(random.key(0)) if mutable else {}
         found = jax.tree.map(jnp.asarray, from_torch_layout(weights, {**template, **_buffers(mutable)}, self._prefix))
         params, buffers = ({n: v for n, v in found.items() if (n in template) is kept} for kept in (True, False))
         return self.with_params(params, {**mutable, **buffers} or None)

@@ -88,20 +88,20 @@ class Trainer:
         with self._on_device():
             self.batch_size = min(batch_size, len(data[0]))
             example = jax.tree.map(lambda a: a[: self.batch_size], self.data)
-            if program.spec is None:  # an autoguide keeps what it sees at its first call, which must not be a tracer
+            if program.spec is None and program.local_to is None:
+                # an autoguide keeps what it sees at its first call, which must not be a tracer
                 program.init(random.PRNGKey(seeds[0]), *example)
-            constraints, shapes = self._parameters(example)
-            if self.batch_size < self.num_data:
-                check_amortised(shapes, self._parameters(jax.tree.map(lambda a: a[:1], example))[1])
-            if not constraints:
-                raise must(
-                    "program", "have a parameter to train", "none", "Add numpyro.param or a network to model or guide"
-                )
-            self.transforms = {n: biject_to(c) for n, c in constraints.items()}
+            if self.batch_size < self.num_data and program.spec is None:  # the zoo's are amortised
+                check_amortised(self._shapes(example), self._shapes(jax.tree.map(lambda a: a[:1], example)))
+            self.transforms: dict[str, Any] = {}  # known once the program has been run, in _init
             self.frozen = frozen and self._frozen(example, frozen)
             init = partial(self._init, example=example)
             keys = jnp.stack([random.PRNGKey(s) for s in seeds])
             self.state: State = jax.jit(jax.vmap(init) if self.replicated else lambda k: init(k[0]))(keys)
+            if not self.transforms:
+                raise must(
+                    "program", "have a parameter to train", "none", "Add numpyro.param or a network to model or guide"
+                )
             self.state = self._everywhere(self.state)
         epoch, held_out = self._epoch, self._held_out
         if self.replicated:
@@ -122,17 +122,10 @@ class Trainer:
             return tree
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec("data")))
 
-    def _parameters(self, example: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The constraint and the shapes of every parameter, by site, without computing anything."""
-        found: list[Any] = []
-
-        def probe(key: jax.Array) -> Any:
-            params, constraints, mutable = self.program.init(key, *example)
-            found.append(constraints)
-            return params, mutable
-
-        params, _ = jax.eval_shape(probe, random.PRNGKey(0))
-        return found[0], {n: [a.shape for a in jax.tree.leaves(v)] for n, v in params.items()}
+    def _shapes(self, example: tuple) -> dict[str, Any]:
+        """The shapes of every parameter, by site, without computing anything."""
+        params = jax.eval_shape(lambda key: self.program.init(key, *example)[0], random.PRNGKey(0))
+        return {n: [a.shape for a in jax.tree.leaves(v)] for n, v in params.items()}
 
     def _frozen(self, example: tuple, frozen: tuple[str, ...]) -> Params:
         """Which leaves of the parameters stay as they are, as truth values."""
@@ -145,7 +138,8 @@ class Trainer:
         return mask | own
 
     def _init(self, key: jax.Array, example: tuple) -> State:
-        params, _, mutable = self.program.init(key, *example)
+        params, constraints, mutable = self.program.init(key, *example)
+        self.transforms = {n: biject_to(c) for n, c in constraints.items()}
         unconstrained = {n: self.transforms[n].inv(v) for n, v in params.items()}
         average = None if self.adam.average is None else unconstrained
         return State(unconstrained, average, self.optimizer.init(unconstrained), mutable, key, jnp.zeros((), jnp.int32))

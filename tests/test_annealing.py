@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
+from covering import covering
 from oracles import library, shared_latent, wrapped
 from scipy import stats
 
@@ -32,7 +33,7 @@ def weights(rng: np.random.Generator, spec: LinearVAE) -> dict[str, np.ndarray]:
     return guide | {"encoder.bias": guide["encoder.bias"] + 0.4, "encoder_log_scale": guide["encoder_log_scale"] + 0.3}
 
 
-@pytest.mark.parametrize("start", ["guide", "prior"])
+@covering("start", ("guide", "prior"), numpyro=(1,))
 def test_meets_the_closed_form(engine: str, start: Any, rng: np.random.Generator) -> None:
     spec = LinearVAE(data_dim=4, latent_dim=2, scale=0.6)
     w, x = weights(rng, spec), rng.normal(size=(25, 4))
@@ -60,7 +61,7 @@ def test_the_last_states_are_posterior_draws(engine: str, rng: np.random.Generat
         np.testing.assert_allclose(np.cov(draws.T), covariance, atol=4 * covariance.max() * np.sqrt(2 / 400))
 
 
-@pytest.mark.parametrize("start", ["guide", "prior"])
+@covering("start", ("guide", "prior"), numpyro=(0,))
 def test_both_directions_bracket_the_closed_form(engine: str, start: Any, rng: np.random.Generator) -> None:
     """Few temperatures and one chain: the bounds are apart, and the truth is between them."""
     spec = LinearVAE(data_dim=4, latent_dim=2, scale=0.6)
@@ -98,7 +99,7 @@ def gamma_program(engine: str) -> Callable:
     return wrapped(engine, model, guide)
 
 
-@pytest.mark.parametrize("start", ["guide", "prior"])
+@covering("start", ("guide", "prior"), numpyro=(0,))
 def test_bounded_and_dependent_latents_meet_quadrature(engine: str, start: Any) -> None:
     x = np.array([0.3, 1.0, 2.5, 4.0])
 

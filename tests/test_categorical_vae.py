@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from covering import covering
 from scipy.special import log_expit, log_softmax, logsumexp
 
 from elbozoo.inference import ELBO, IWAE, Adam, evaluate, fit
@@ -284,9 +285,7 @@ def test_the_pathwise_gradient_refuses_the_autoregressive_guide(engine: str) -> 
         fit(getattr(AUTOREGRESSIVE, engine)(), X, objective=ELBO(), epochs=1, progress=False)
 
 
-@pytest.mark.parametrize(
-    "objective", [IWAE(3, VIMCO()), ELBO(gradient=NVIL(baseline_units=4)), IWAE(3, RWS())], ids=str
-)
+@covering("objective", [IWAE(3, VIMCO()), ELBO(gradient=NVIL(baseline_units=4)), IWAE(3, RWS())], numpyro=(2,), ids=str)
 def test_it_trains_with_an_autoregressive_guide(engine: str, objective: Any) -> None:
     x = (np.random.default_rng(0).random((48, 5)) < 0.3) * 1.0
     program = getattr(CategoricalVAE(5, 3, 4, MLP((4,)), autoregressive_guide=True), engine)()
@@ -311,9 +310,10 @@ def test_a_traced_step_takes_the_autoregressive_guide() -> None:
 # --- training ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@covering(
     "objective",
     [IWAE(3, VIMCO()), ELBO(gradient=ScoreFunction(baseline="running-mean")), ELBO(gradient=GumbelSoftmax()), ELBO(gradient=REBAR()), IWAE(2, RELAX(network_units=4))],
+    numpyro=(2, 4),
     ids=lambda o: type(o.gradient).__name__,
 )  # fmt: skip
 def test_it_trains(engine: str, objective: Any) -> None:

@@ -7,32 +7,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+from covering import covering
 from scipy import signal, stats
 
 from elbozoo.inference import ELBO, IWAE, STL, Adam, AnnealedKL, DReG, FreeBits, Run, bottleneck, fit
 from elbozoo.inference.errors import InvalidArgument
-from elbozoo.zoo import AutoregressiveBernoulli, Bernoulli, DeepHierarchicalVAE, DiscretizedLogistic
+from elbozoo.zoo import AutoregressiveBernoulli, DeepHierarchicalVAE, DiscretizedLogistic
 
 SMALL = DeepHierarchicalVAE(
     (1, 4, 4), 1, 3, 2, latent_channels=1, blocks=(2, 1), likelihood=DiscretizedLogistic(levels=4)
 )
 TWINS = [
     SMALL,
-    DeepHierarchicalVAE((2, 4, 2), 2, 4, 3, 2, (4,), DiscretizedLogistic(levels=8), remat=True),
-    DeepHierarchicalVAE((1, 4, 8), 1, 3, 2, 1, (1, 1, 2), Bernoulli(), remat=True),
+    DeepHierarchicalVAE((2, 4, 8), 2, 3, 2, 2, (1, 3), DiscretizedLogistic(levels=8), remat=True),
 ]
 DATA = np.random.default_rng(3).integers(0, 4, (6, 16)) / 3.0
 
 
 def random_weights(spec: DeepHierarchicalVAE, seed: int = 0) -> dict[str, np.ndarray]:
     """Weights with no zeros among them."""
-    from elbozoo.inference.weights import to_torch_layout
-
-    program, rng = spec.numpyro(), np.random.default_rng(seed)
-    import jax
-
-    initial = to_torch_layout(program.init(jax.random.key(0), np.zeros((1, spec.data_dim)))[0])
-    return {name: np.asarray(w + 0.3 * rng.standard_normal(w.shape)) for name, w in initial.items()}
+    rng = np.random.default_rng(seed)
+    return {name: np.asarray(w + 0.3 * rng.standard_normal(w.shape)) for name, w in spec.pyro().weights.items()}
 
 
 def program(engine: str, spec: DeepHierarchicalVAE, weights: dict[str, np.ndarray]) -> Any:
@@ -114,6 +109,7 @@ def densities(terms: Any) -> dict[str, Any]:
     return {"prior": priors, "guide": guides, "lik": terms.log_lik}
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_densities_are_those_of_a_path_in_numpy(engine: str) -> None:
     """Every layer's, in model and guide, and the likelihood's; at latents that neither drew."""
     weights, z = random_weights(SMALL), latents(SMALL, 2, len(DATA))
@@ -152,6 +148,7 @@ def test_draws_are_from_the_density(engine: str) -> None:
                 assert abs(np.corrcoef(standard, above)[0, 1]) < 4 / np.sqrt(len(above))
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_prior_and_guide_with_networks_of_zeros(engine: str) -> None:
     """N(0, I) at every layer, so no rate at all, and a likelihood that knows nothing of z."""
     zeros = {name: 0 * w for name, w in random_weights(SMALL).items()}
@@ -172,6 +169,7 @@ def rates(terms: Any) -> dict[str, Any]:
     return {name: site.rate_terms for name, site in terms.sites.items()}
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_a_guide_that_moves_nothing_has_no_rate(engine: str) -> None:
     weights = random_weights(SMALL)
     weights |= {n: 0 * w for n, w in weights.items() if "posteriors" in n and ".layers.2." in n}
@@ -247,7 +245,7 @@ def gradients(engine: str, spec: DeepHierarchicalVAE, weights: dict, z: dict | N
     return float(total), to_torch_layout(found)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@covering("remat", (False, True), numpyro=(1,))
 def test_frozen_guide_keeps_the_gradient_of_the_shared_path(engine: str, remat: bool) -> None:
     """At given latents nothing is left of log q's gradient, and all of the joint density's."""
     weights, z, spec = random_weights(SMALL), latents(SMALL, 2, len(DATA)), replace(SMALL, remat=remat)
@@ -262,7 +260,7 @@ def test_frozen_guide_keeps_the_gradient_of_the_shared_path(engine: str, remat: 
     assert np.abs(other[name] - exact[name]).max() > 1e-3, "log q depends on the shared path too"
 
 
-@pytest.mark.parametrize("draws", ["given", "own"])
+@covering("draws", ("given", "own"), numpyro=(1,))
 def test_remat_changes_no_number(engine: str, draws: str) -> None:
     spec = replace(SMALL, blocks=(4, 1))
     weights, z = {n: 0.6 * w for n, w in random_weights(spec).items()}, latents(spec, 2, len(DATA))
@@ -306,7 +304,7 @@ OBJECTIVES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+@covering("objective", OBJECTIVES, numpyro=(2,), ids=lambda o: type(o).__name__)
 def test_it_trains(engine: str, objective: Any) -> None:
     spec = replace(SMALL, remat=isinstance(objective, AnnealedKL))
     options = {"batch_size": 3, "epochs": 2, "optimizer": Adam(0.01, skip_norm=1e3, average=0.5), "progress": False}
@@ -337,6 +335,7 @@ def test_a_torch_step_is_traced(remat: bool) -> None:
         np.testing.assert_array_equal(w, weights[1][name], err_msg=name)
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_under_an_outer_plate(engine: str) -> None:
     """Each of its entries is drawn on its own, all the way down."""
     user = program(engine, SMALL, random_weights(SMALL))
@@ -355,6 +354,7 @@ def test_under_an_outer_plate(engine: str) -> None:
     assert all((d[0] != d[1]).any() for d in draws)
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_instruments(engine: str) -> None:
     user = program(engine, SMALL, random_weights(SMALL))
     run = Run(user, ELBO(), [], {"binarize": "none"})

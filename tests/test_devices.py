@@ -244,7 +244,8 @@ def rows(history: list[dict[str, float]]) -> np.ndarray:
 @pytest.mark.numpyro
 def test_jax_two_devices_take_the_steps_of_one(tmp_path: Path) -> None:
     """Noise, redrawn pixels, the statistics of a batch norm and all: a minibatch is one, wherever its parts are."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags}
     code = JAX.format(tests=str(Path(__file__).parent))
     start = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)

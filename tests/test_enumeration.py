@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
+from covering import covering
 from oracles import Nodes, Params, Toy, bernoulli, normal
 
 from elbozoo.inference.discrete import REBAR
@@ -92,7 +93,7 @@ def by_library(engine: str, model: Any, guide: Any) -> list[tuple[float, dict[st
     return found
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.25])
+@covering("scale", (1.0, 0.25), numpyro=(1,))
 @pytest.mark.filterwarnings("ignore:.*lies outside")
 def test_agrees_with_the_librarys_own_on_its_mixture(engine: str, scale: float) -> None:
     (theirs, their_gradient), (ours, our_gradient) = by_library(engine, *mixture(oracles.library(engine), scale=scale))

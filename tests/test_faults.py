@@ -181,6 +181,7 @@ if __name__ == "__main__":
 
 import pytest  # noqa: E402
 from as_users import as_users_run_it  # noqa: E402, F401
+from covering import covering  # noqa: E402
 from programs import data, program  # noqa: E402
 
 from elbozoo.inference import (  # noqa: E402
@@ -234,11 +235,11 @@ def assert_same_bits(one: Path, two: Path) -> None:
 
 
 def test_killed_at_random_moments_resumes_to_the_same_bits(engine: str, tmp_path: Path) -> None:
-    command = [sys.executable, __file__, engine, str(tmp_path), "5", "0"]
+    command = [sys.executable, __file__, engine, str(tmp_path), "3", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found["epochs"]) == 5
+    assert len(found["epochs"]) == 3
     assert any(0 < epoch < EPOCHS for epoch in found["epochs"]), "no run was killed half-way, so this shows nothing"
     assert len(load_json(tmp_path / "reference" / "history.json")["rows"]) == EPOCHS
     for name in found["runs"]:
@@ -299,7 +300,7 @@ def test_replicates_resume_to_the_same_bits(engine: str, tmp_path: Path) -> None
             np.testing.assert_array_equal(value, two.weights[name])
 
 
-@pytest.mark.parametrize("name", ["functions", "modules", "batch_norm"])
+@covering("name", ("functions", "modules", "batch_norm"), numpyro=(2,))
 def test_programs_of_the_user_s_own_resume_to_the_same_bits(engine: str, name: str, tmp_path: Path) -> None:
     """Constrained parameters, modules' buffers and mutable sites are in the checkpoint; the optimiser is the library's."""
     user, options = program(engine, name), {"batch_size": 20, "progress": False, "optimizer": momentum(engine)}
@@ -562,7 +563,7 @@ class Disk:
         return self.real(*args)
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
+@covering("call", ("fsync", "replace"), numpyro=(1,))
 def test_a_disk_that_fills_up_loses_no_checkpoint(
     engine: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -691,7 +692,7 @@ CASES: dict[str, tuple[Any, int, dict[str, set[str]]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@covering("case", tuple(CASES), numpyro=(0, 3))
 def test_a_non_finite_value_stops_at_the_last_good_state(engine: str, case: str, tmp_path: Path) -> None:
     """Site, step and run; the run has the weights of one that stopped by itself before that step (3 steps an epoch)."""
     rate, step, sites = CASES[case]
@@ -805,6 +806,7 @@ def breaks_at(engine: str, seed: int) -> int:
     return info.value.step
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_a_full_disk_does_not_hide_a_non_finite_value(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -896,7 +898,7 @@ def test_bad_data_are_refused(engine: str, case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("binarize", ["stochastic", "static", "threshold"])
+@covering("binarize", ("stochastic", "static", "threshold"), numpyro=(0,))
 def test_grey_pixels_are_taken_when_they_are_binarised(engine: str, binarize: str) -> None:
     run = fit(getattr(bad_spec(Bernoulli()), engine)(), GREY, binarize=binarize, epochs=1, valid=GREY, progress=False)
     assert np.isfinite(run.evaluate(GREY, num_particles=2).nll)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
+from covering import covering
 from programs import data, program
 from sklearn.datasets import load_digits
 
@@ -284,6 +285,7 @@ def binary(num_data: int) -> np.ndarray:
     return (np.random.default_rng(0).random((num_data, 5)) < 0.4).astype(float)
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_epochs_of_so_many_steps_go_on_through_the_data(engine: str) -> None:
     """Six epochs of two steps are four of three: the same minibatches in the same order."""
     x, options = binary(36), {"batch_size": 12, "progress": False, "seed": 2}
@@ -475,7 +477,7 @@ def test_a_users_own_program_is_not_traced() -> None:
 # --- replicates ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("binarize", ["stochastic", "static"])
+@covering("binarize", ("stochastic", "static"), numpyro=(0,))
 def test_replicates_are_single_runs_with_the_next_seeds(engine: str, binarize: str) -> None:
     options = {"batch_size": 30, "epochs": 3, "valid": GREY[:30], "binarize": binarize, "progress": False}
     options |= {"objective": AnnealedKL(ELBO(), warmup=2.0), "optimizer": Adam(skip_norm=2.0, average=0.7)}
@@ -554,6 +556,7 @@ def test_images_are_flattened(engine: str) -> None:
     assert same_weights(digits(engine).weights, digits(engine, data=DIGITS.reshape(-1, 64)).weights)
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_eight_bit_pixels_and_booleans_are_numbers(engine: str) -> None:
     white = DIGITS > 0.5
     runs = [digits(engine, data=white.astype(kind), binarize="none") for kind in (bool, np.uint8, float)]
@@ -636,7 +639,7 @@ def test_a_trained_program_goes_on_from_its_weights(engine: str) -> None:
     assert np.abs(still.weights["decoder.weight"] - before["decoder.weight"]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["functions", "modules", "batch_norm"])
+@covering("name", ("functions", "modules", "batch_norm"), numpyro=(0, 2))
 def test_programs_of_the_user_s_own(engine: str, name: str, tmp_path: Path) -> None:
     run = quick(engine, name, epochs=20, learning_rate=0.02, objective=IWAE(2), directory=tmp_path)
     assert run.history[-1]["bound"] > run.history[0]["bound"] + 0.3
@@ -647,7 +650,7 @@ def test_programs_of_the_user_s_own(engine: str, name: str, tmp_path: Path) -> N
     assert found[0].nll == found[1].nll == found[2].nll
 
 
-@pytest.mark.parametrize("name", ["functions", "modules"])
+@covering("name", ("functions", "modules"), numpyro=(0,))
 def test_constrained_parameters_stay_in_their_sets(engine: str, name: str) -> None:
     """The scale starts at 2 and wants to be near 0.5; steps of 0.4 would carry it below 0 without the constraint."""
     run = quick(engine, name, epochs=30, learning_rate=0.4)

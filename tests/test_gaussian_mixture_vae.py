@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
+from covering import covering
 from oracles import gauss_hermite, normal
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
@@ -17,8 +19,9 @@ from elbozoo.zoo import MLP, VAE, Conv, Gaussian, GaussianMixtureVAE, MixturePri
 
 TWINS = [
     GaussianMixtureVAE(6, 3, 2, MLP((5,)), learn_weights=True),
-    GaussianMixtureVAE(6, 3, 2, MLP((5,)), exact_cluster=False, learn_weights=True),
-    GaussianMixtureVAE(6, 4, 3, MLP((5,)), Gaussian(scale="pixel"), FullCovarianceGaussian(), exact_cluster=False),
+    GaussianMixtureVAE(
+        6, 4, 3, MLP((5,)), Gaussian(scale="pixel"), FullCovarianceGaussian(), exact_cluster=False, learn_weights=True
+    ),
     GaussianMixtureVAE(16, 3, 2, Conv((1, 4, 4), (3,), 6)),
 ]
 
@@ -160,8 +163,12 @@ def test_cluster_probabilities_are_bayes_rule_averaged(engine: str) -> None:
     np.testing.assert_allclose(found, np.exp(logits - logsumexp(logits, axis=1, keepdims=True)), 1e-10)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("objective", [ELBO(2, Enumerate()), IWAE(3, VIMCO()), ELBO(2, ScoreFunction())], ids=str)
+@covering(
+    "exact,objective",
+    list(product((True, False), (ELBO(2, Enumerate()), IWAE(3, VIMCO()), ELBO(2, ScoreFunction())))),
+    numpyro=(0, 4),
+    ids=str,
+)
 def test_it_trains(engine: str, exact: bool, objective: Any) -> None:
     spec = GaussianMixtureVAE(D, C, 2, MLP((4,)), Gaussian(0.7), exact_cluster=exact)
     data = np.tile(X, (8, 1))

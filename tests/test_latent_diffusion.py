@@ -29,8 +29,16 @@ from elbozoo.zoo.diffusion.sampling import draw
 NETWORK, SMALL = MLP((5,)), MLPDenoiser(units=6, num_layers=1)
 TWINS = [
     LatentDiffusion(6, 3, NETWORK, denoiser=SMALL),
-    LatentDiffusion(6, 3, NETWORK, Gaussian("learned"), FullCovarianceGaussian(), SMALL, "velocity"),
-    LatentDiffusion(6, 3, NETWORK, denoiser=SMALL, schedule=LearnedSchedule(5.0, -4.0, schedule_units=3)),
+    LatentDiffusion(
+        6,
+        3,
+        NETWORK,
+        Gaussian("learned"),
+        FullCovarianceGaussian(),
+        SMALL,
+        "velocity",
+        LearnedSchedule(5.0, -4.0, schedule_units=3),
+    ),
 ]
 LINEAR = LatentDiffusion(
     2, 1, MLP(()), Gaussian(scale=0.5), denoiser=GaussianDenoiser(), predicts="signal", schedule=LinearSchedule(9.0, -9.0)

@@ -292,6 +292,8 @@ def test_autoregressive_trains_and_is_measured_like_any_other(engine: str, tmp_p
     assert set(np.unique(draws["observed"]["x"])) <= {0.0, 1.0}
     assert not draws["mean"]
     assert run.to_arviz(x[:5], num_draws=3).posterior["z"].shape == (1, 3, 5, 1)
+    if engine == "numpyro":
+        return  # a report reads these alone, of either engine
     page = write_report({"run": run}, {"run": found}, {"run": x}, tmp_path / "report.html")
     assert page.stat().st_size > 10_000
 

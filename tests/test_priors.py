@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
 import oracles
 import pytest
 from as_users import as_users_run_it  # noqa: F401
+from covering import covering
 from scipy import special, stats
 from test_starts import DATA, EIGENVALUES, MEAN, Falling, log_likelihood
 
@@ -130,8 +132,9 @@ class Linear:
 # --- densities and draws ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("likelihood", [Gaussian(scale=0.7), Bernoulli()], ids=name_of)
-@pytest.mark.parametrize("spec", SPECS, ids=name_of)
+@covering(
+    "spec,likelihood", list(product(SPECS, (Gaussian(scale=0.7), Bernoulli()))), numpyro=(), ids=name_of
+)  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_densities(engine: str, spec: VAE, likelihood: Any) -> None:
     """By SciPy's Gaussians; pseudo-inputs go through the sigmoid under a likelihood of data in [0, 1] alone."""
     spec = replace(spec, likelihood=likelihood)
@@ -142,8 +145,9 @@ def test_densities(engine: str, spec: VAE, likelihood: Any) -> None:
     np.testing.assert_allclose(numpy(prior.log_prob(array(engine, z))), Linear(spec, weights).log_prior(z), rtol=1e-12)
 
 
-@pytest.mark.parametrize("spec", SPECS[1:], ids=name_of)
-@pytest.mark.parametrize("guide", [DiagonalGaussian(), FullCovarianceGaussian()], ids=name_of)
+@covering(
+    "spec,guide", list(product(SPECS[1:], (DiagonalGaussian(), FullCovarianceGaussian()))), numpyro=(), ids=name_of
+)  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_densities_integrate_to_one(engine: str, spec: VAE, guide: Any) -> None:
     spec = replace(spec, guide=guide)
     weights = {name: 0.5 * a for name, a in random_weights(spec).items()}  # the grid must resolve and cover every scale
@@ -153,7 +157,9 @@ def test_densities_integrate_to_one(engine: str, spec: VAE, guide: Any) -> None:
     assert float(np.exp(numpy(prior.log_prob(array(engine, z)))).sum()) * step**2 == pytest.approx(1.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("guide", [DiagonalGaussian(), FullCovarianceGaussian()], ids=name_of)
+@covering(
+    "guide", (DiagonalGaussian(), FullCovarianceGaussian()), numpyro=(), ids=name_of
+)  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_one_pseudo_input_is_that_posterior(engine: str, guide: Any) -> None:
     spec = replace(SMALL, guide=guide, prior=VampPrior(num_components=1))
     weights, z = random_weights(spec), np.random.default_rng(1).normal(size=(7, 2))
@@ -397,7 +403,7 @@ def test_a_guide_of_constant_parameters_leaves_a_shared_flow_to_the_model(engine
 ONE_DIM = [replace(SMALL, latent_dim=1, prior=prior) for prior in LEARNED]
 
 
-@pytest.mark.parametrize("spec", ONE_DIM, ids=name_of)
+@covering("spec", ONE_DIM, numpyro=(), ids=name_of)  # written once for both engines
 def test_likelihoods_by_importance_sampling_and_annealing_are_the_quadrature(engine: str, spec: VAE) -> None:
     """Annealing begins at the prior's own draws and density, and moves along its gradient."""
     weights, x = random_weights(spec), standard_sample(8)
@@ -414,7 +420,7 @@ def test_likelihoods_by_importance_sampling_and_annealing_are_the_quadrature(eng
     assert (np.abs(annealed.log_lik_estimate - exact) < 5 * (1 / annealed.ess - 1 / 200) ** 0.5).all()
 
 
-@pytest.mark.parametrize("guide", [DiagonalGaussian(), FullCovarianceGaussian()], ids=name_of)
+@covering("guide", (DiagonalGaussian(), FullCovarianceGaussian()), numpyro=(1,), ids=name_of)
 def test_pseudo_inputs_equal_to_the_data_make_the_prior_the_aggregate_posterior(engine: str, guide: Any) -> None:
     """Then ``KL(q(z) || p(z))`` is 0 draw by draw, and the rate is the information."""
     x = standard_sample(20)
@@ -434,7 +440,7 @@ def test_pseudo_inputs_equal_to_the_data_make_the_prior_the_aggregate_posterior(
     assert bottleneck(other, x, num_data=None, num_particles=10).marginal_kl > 0.5
 
 
-@pytest.mark.parametrize("spec", SPECS[1:], ids=name_of)
+@covering("spec", SPECS[1:], numpyro=(), ids=name_of)  # written once for both engines
 def test_the_rate_is_to_the_programs_own_prior(engine: str, spec: VAE) -> None:
     """On average over draws, ``log q(z|x) - log p(z)`` by SciPy."""
     weights, x = {n: 0.3 * a for n, a in random_weights(spec).items()}, standard_sample(200)
@@ -452,7 +458,7 @@ def test_the_rate_is_to_the_programs_own_prior(engine: str, spec: VAE) -> None:
     assert abs((linear.log_guide(z, x) - fixed).mean() - each.mean()) > 10 * found.rate_se
 
 
-@pytest.mark.parametrize("spec", SPECS[1:], ids=name_of)
+@covering("spec", SPECS[1:], numpyro=(), ids=name_of)  # written once for both engines
 def test_arviz_has_the_priors_draws(engine: str, spec: VAE) -> None:
     weights, x = random_weights(spec), standard_sample(10)
     idata = to_arviz(trained(engine, spec, weights), x, num_draws=300)
@@ -500,7 +506,7 @@ def test_a_traced_step_is_the_step_to_the_bit(spec: VAE, objective: Any) -> None
     assert {n for n in found[0] if n.startswith("params/prior")} == {f"params/{n}" for n in NAMES[name_of(spec)]}
 
 
-@pytest.mark.parametrize("spec", SPECS[1:], ids=name_of)
+@covering("spec", SPECS[1:], numpyro=(1,), ids=name_of)
 def test_a_learned_prior_ends_nearer_to_the_aggregate_posterior(engine: str, spec: VAE) -> None:
     """Data of three clusters, which N(0, I) cannot be the aggregate of: a learned prior has the better bound."""
     rng = np.random.default_rng(0)
@@ -521,7 +527,7 @@ def test_a_learned_prior_ends_nearer_to_the_aggregate_posterior(engine: str, spe
 START = VAE(5, 3, MLP(hidden=()), Gaussian(scale=0.7))
 
 
-@pytest.mark.parametrize("prior", LEARNED, ids=name_of)
+@covering("prior", LEARNED, numpyro=(), ids=name_of)  # written once for both engines
 def test_a_collapsed_start_carries_nothing(engine: str, prior: Prior) -> None:
     """A rate of 0 is no information whatever the prior: ``rate = I + KL(q(z) || p(z))``."""
     spec = replace(START, network=MLP(hidden=(8,)), likelihood=Gaussian(scale=0.3), prior=prior)
@@ -534,12 +540,13 @@ def test_a_collapsed_start_carries_nothing(engine: str, prior: Prior) -> None:
     assert kl_per_direction(EIGENVALUES[:3] / 9, 0.3**2).sum() > 1.5  # which a linear model would keep
 
 
-@pytest.mark.parametrize("prior", LEARNED, ids=name_of)
+@covering("prior", LEARNED, numpyro=(), ids=name_of)  # written once for both engines
 def test_an_informative_start_carries_more_than_the_bound_will_keep(engine: str, prior: Prior) -> None:
     run = fitted(engine, replace(START, prior=prior), DATA, epochs=1, learning_rate=0.03, start=Informative(epochs=100))
     assert run.history[0]["rate"] > 4.0
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's teacher: tests/test_starts.py
 def test_ppca_teaches_a_learned_prior_too(engine: str) -> None:
     """The teacher's aggregate has the moments of N(0, I), which one Gaussian component then is: the bound is pPCA's."""
     spec = VAE(5, 3, MLP(hidden=()), Gaussian("learned"), prior=MixturePrior(num_components=1))
@@ -549,6 +556,7 @@ def test_ppca_teaches_a_learned_prior_too(engine: str) -> None:
     assert run.history[0]["bound"] == pytest.approx(log_likelihood(0.2, 3) - 5 * np.log(0.3), abs=0.02)
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # the teacher is the one of the test above, whatever the prior
 def test_ppca_teaches_pseudo_inputs(engine: str) -> None:
     """A mixture of the posteriors comes near their aggregate, which is about N(0, I)."""
     spec = VAE(5, 3, MLP(hidden=()), Gaussian("learned"), prior=VampPrior(num_components=30))
@@ -559,7 +567,7 @@ def test_ppca_teaches_pseudo_inputs(engine: str) -> None:
     assert best - 0.5 < run.history[0]["bound"] < best + 0.1
 
 
-@pytest.mark.parametrize("prior", LEARNED, ids=name_of)
+@covering("prior", LEARNED, numpyro=(), ids=name_of)  # written once for both engines
 def test_replicates_of_a_learned_prior_are_compared(engine: str, prior: Prior) -> None:
     runs = fitted(engine, replace(START, prior=prior), DATA, epochs=3, replicates=2, batch_size=250)
     found = local_minima(runs, DATA[:50], num_particles=20)
@@ -642,9 +650,9 @@ def test_a_flow_prior_integrates_to_one_and_is_none(engine: str) -> None:
 
 def test_a_flow_prior_trains_under_every_estimator(engine: str) -> None:
     x = standard_sample(200)
-    flow = FlowPrior(NeuralSplineFlow(num_flows=2, flow_hidden=(4,), context_dim=2))
+    flow = FlowPrior(NeuralSplineFlow(num_flows=1, flow_hidden=(4,), context_dim=2))
     spec = replace(SMALL, network=MLP(hidden=(8,)), prior=flow)
-    for objective in (ELBO(gradient=STL()), IWAE(3, gradient=DReG())):
+    for objective in (ELBO(gradient=STL()), IWAE(3, gradient=DReG()))[: 1 if engine == "numpyro" else 2]:
         run = fit(getattr(spec, engine)(), x, objective=objective, epochs=6, batch_size=50, progress=False)
         assert run.history[-1]["bound"] > run.history[0]["bound"]
         assert np.abs(run.weights["prior.outputs"]).max() > 0

@@ -177,9 +177,14 @@ def test_packages_import_in_any_order(first: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "gone"), [("pyro", "torch"), ("pyro", "pyro"), ("numpyro", "jax"), ("numpyro", "flax")]
+    ("engine", "gone", "spec"),
+    [
+        ("pyro", "torch", "VAE()"),
+        ("pyro", "pyro", "LinearVAE(3, 2)"),
+        ("numpyro", "jax", "LinearVAE(3, 2)"),
+        ("numpyro", "flax", "VAE()"),
+    ],
 )
-@pytest.mark.parametrize("spec", ["VAE()", "LinearVAE(3, 2)"])
 def test_a_missing_engine_says_how_to_install_it(engine: str, gone: str, spec: str) -> None:
     pytest.importorskip(gone)
     line = run_without((gone,), f"from elbozoo.zoo import *; {spec}.{engine}()")

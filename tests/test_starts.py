@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
+from covering import covering
 from programs import data, program
 from scipy.stats import multivariate_normal
 
@@ -100,13 +101,14 @@ def test_informative_is_the_closed_form_at_its_beta(engine: str) -> None:
     assert row["live_z"] == 1
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_the_default_informative_start_has_more_than_the_bound_will_keep(engine: str) -> None:
     row = begin(engine, start=Informative(epochs=100)).history[0]
     assert row["rate"] > 2 * 0.5 * np.log(EIGENVALUES[:3] / S2).sum()
     assert row["live_z"] == 4  # at β = 1 the last of them is worth less than it costs
 
 
-@pytest.mark.parametrize("guide", ["diagonal", "full"])
+@covering("guide", ("diagonal", "full"), numpyro=(1,))
 def test_ppca_is_the_optimum_of_the_linear_model(engine: str, guide: str) -> None:
     """The guide is exact there, so the sampled bound is log p(x) for every datum, whatever is drawn."""
     spec = LinearVAE(data_dim=5, latent_dim=3, learn_scale=True, guide=guide)
@@ -133,7 +135,7 @@ def test_live_dimensions_are_counted_by_their_mean_kl(engine: str) -> None:
     weights["encoder.weight"] = np.diag([1.0, 0.05, 0.16, 0.0]) @ AXES.T[:4] / np.sqrt(EIGENVALUES[:4, None])
     weights["encoder.bias"] = -weights["encoder.weight"] @ MEAN
     weights["encoder_log_scale"] = np.zeros(4)  # so the KL is half the variance of the mean: 0.5, 0.00125, 0.0128, 0
-    for objective in (ELBO(), ELBO(num_particles=30, analytic_kl=False), IWAE(num_particles=30)):
+    for objective in (ELBO(), IWAE(num_particles=30)):  # in closed form, and from draws
         options: dict[str, Any] = {"batch_size": len(DATA), "epochs": 1, "progress": False, "objective": objective}
         run = fit(getattr(LINEAR, engine)().with_weights(weights), DATA, **options)
         assert run.history[0]["live_z"] == 2
@@ -165,6 +167,7 @@ def test_the_optimiser_starts_anew(engine: str, start: Any) -> None:
     assert run.config["start"] == to_config(start)
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_a_schedule_starts_after_the_phase(engine: str) -> None:
     objective = AnnealedKL(ELBO(), warmup=4)
     run = begin(engine, start=Informative(epochs=3), objective=objective, epochs=4)
@@ -184,7 +187,7 @@ STARTS = {"collapsed": Collapsed(epochs=2), "informative": Informative(epochs=2)
 SMALL = VAE(5, 2, MLP(hidden=(3,)), Gaussian())
 
 
-@pytest.mark.parametrize("name", ["informative", "ppca"])
+@covering("name", ["ppca", "informative"])
 def test_stopped_and_resumed_to_the_bit(engine: str, name: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"start": STARTS[name], "batch_size": 300, "objective": AnnealedKL(ELBO(), warmup=2)}
     whole = begin(engine, SMALL, epochs=4, **options)
@@ -199,7 +202,7 @@ def test_stopped_and_resumed_to_the_bit(engine: str, name: str, tmp_path: Path) 
         begin(engine, SMALL, epochs=4, directory=tmp_path, resume=True, **(options | {"start": None}))
 
 
-@pytest.mark.parametrize("name", ["collapsed", "ppca"])
+@pytest.mark.parametrize(("engine", "name"), [("numpyro", "ppca"), ("pyro", "collapsed")])
 def test_replicates_are_the_seeds_alone(engine: str, name: str) -> None:
     options: dict[str, Any] = {"start": STARTS[name], "batch_size": 300, "epochs": 2}
     both = begin(engine, SMALL, replicates=2, **options)
@@ -210,6 +213,7 @@ def test_replicates_are_the_seeds_alone(engine: str, name: str) -> None:
     assert not same_weights(*both)
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_an_objective_keeps_its_gradient_in_the_phase(engine: str) -> None:
     run = begin(engine, start=Collapsed(epochs=150), objective=IWAE(3, gradient=DReG()))
     assert run.history[0]["rate"] < 0.05

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from covering import covering
 from scipy import special, stats
 from test_diffusion_vae import continuous_loss, end_losses, hermite, noise, parts, program
 
@@ -54,12 +55,20 @@ def expected_step(engine: str, spec: VariationalDiffusion, breaks: int, learned:
     return float((step * np.tile(share / 2, breaks)).sum() / breaks)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-@pytest.mark.parametrize(
-    ("schedule", "breaks"),
-    [(LinearSchedule(), 4), (PolynomialSchedule(), 4), (CosineSchedule(), 64), (TabulatedSchedule((13.3, 9.0, 1.0, -5.0)), 3)],
-    ids=["linear", "cubic", "cosine", "tabulated"],
-)  # fmt: skip
+SCHEDULES = [
+    (LinearSchedule(), 4),
+    (PolynomialSchedule(), 4),
+    (CosineSchedule(), 64),
+    (TabulatedSchedule((13.3, 9.0, 1.0, -5.0)), 3),
+]
+
+
+@covering(
+    "schedule,breaks,scale",
+    [(schedule, breaks, scale) for schedule, breaks in SCHEDULES for scale in (1.0, 0.5)],
+    numpyro=(7,),
+    ids=lambda value: value if isinstance(value, float | int) else type(value).__name__,
+)
 def test_the_continuous_loss_depends_on_the_ends_alone(engine: str, schedule: Any, breaks: int, scale: float) -> None:
     spec = replace(GAUSSIAN, denoiser=GaussianDenoiser(scale), schedule=schedule)
     assert expected_step(engine, spec, breaks) == pytest.approx(continuous_loss(scale**2), rel=1e-6)
@@ -73,6 +82,7 @@ def test_the_whole_bound_is_nearly_the_entropy(engine: str) -> None:
     assert found - entropy == pytest.approx(continuous_loss(1.0) + sum(end_losses(1.0)) - entropy, abs=1e-6)
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_a_thousand_steps_are_nearly_infinitely_many(engine: str) -> None:
     """The discrete loss falls to the continuous one as 1 / T."""
     from test_diffusion_vae import discrete_loss
@@ -167,8 +177,12 @@ def test_a_learned_schedule_is_what_it_says(engine: str) -> None:
 
 def test_a_learned_schedule_begins_near_the_line(engine: str) -> None:
     x = 0.5 * np.random.default_rng(0).standard_normal((64, 1))
-    run = fit(getattr(replace(LEARNED, denoiser=SMALL, predicts="noise"), engine)(), x, epochs=1, progress=False)
-    drawn = run.program.apply(lambda terms: terms.values, (x,))
+    begun = getattr(replace(LEARNED, denoiser=SMALL, predicts="noise"), engine)()
+    if engine == "numpyro":
+        import jax
+
+        begun = begun.with_params(*jax.jit(lambda key: begun.init(key, x)[::2])(jax.random.key(0)))
+    drawn = begun.apply(lambda terms: terms.values, (x,))
     line = 6.0 - 9.0 * drawn["time"][0]
     assert np.abs(drawn["level"][0, :, 0] - line).max() < 0.3
 
@@ -239,7 +253,7 @@ def schedule_gradients(engine: str, spec: Any, weights: Any, name: str, index: i
 # --- draws and the flow -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0])
+@covering("scale", (1.0, 2.0), numpyro=(1,))
 def test_the_flow_is_as_likely_as_in_closed_form(engine: str, scale: float) -> None:
     """With the exact denoiser z scales with the marginal's standard deviation."""
     spec = replace(GAUSSIAN, data_dim=3, denoiser=GaussianDenoiser(scale))
@@ -294,12 +308,13 @@ def test_samplers_refuse(engine: str) -> None:
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@covering(
     "spec",
     [
         VariationalDiffusion(2, MLPDenoiser(32, 2), likelihood=ExactNormal(), schedule=LinearSchedule(6.0, -4.0)),
         DiffusionVAE(2, 100, denoiser=MLPDenoiser(32, 2), likelihood=ExactNormal(), schedule=LinearSchedule(6.0, -4.0)),
     ],
+    numpyro=(0,),
     ids=lambda spec: type(spec).__name__,
 )
 def test_training_nears_the_entropy(engine: str, spec: Any) -> None:

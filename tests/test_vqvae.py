@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import pytest
+from covering import covering
 from scipy.special import expit, log_expit, logit, logsumexp
 
 from elbozoo.guides import DiagonalGaussian
@@ -32,8 +33,6 @@ BOOK, RESIDUAL, GRID = Codebook(4, 3), Residual(4, 3, depth=2), FiniteScalar((4,
 AUTOREGRESSIVE = {"prior": "autoregressive", "prior_width": 8, "prior_layers": 2}
 SMALL = VQVAE(6, 2, MLP((5,)), BOOK)
 TWINS = [
-    SMALL,
-    replace(SMALL, quantizer=RESIDUAL),
     replace(SMALL, quantizer=GRID),
     replace(SMALL, **AUTOREGRESSIVE),
     replace(SMALL, quantizer=RESIDUAL, **AUTOREGRESSIVE),
@@ -106,7 +105,7 @@ def log_prior(terms: Any) -> Any:
 # --- the bound --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantizer", [BOOK, RESIDUAL, GRID], ids=lambda q: type(q).__name__)
+@covering("quantizer", (BOOK, RESIDUAL, GRID), numpyro=(2,), ids=lambda q: type(q).__name__)
 def test_the_bound_is_distortion_and_the_codes_logarithms(engine: str, quantizer: Quantizer) -> None:
     spec = replace(SMALL, quantizer=quantizer)
     weights = random_weights(spec)
@@ -122,7 +121,7 @@ def test_the_bound_is_distortion_and_the_codes_logarithms(engine: str, quantizer
     assert (terms["log_guide"] == 0).all()
 
 
-@pytest.mark.parametrize("spec", [SMALL, replace(SMALL, **AUTOREGRESSIVE)], ids=lambda s: s.prior)
+@covering("spec", (SMALL, replace(SMALL, **AUTOREGRESSIVE)), numpyro=(1,), ids=lambda s: s.prior)
 def test_the_evidence_by_every_code_is_above_the_bound(engine: str, spec: VQVAE) -> None:
     weights = random_weights(spec)
     found = program(engine, spec, weights)
@@ -204,7 +203,7 @@ def gradient(
     return float(value), to_torch_layout(grads)
 
 
-@pytest.mark.parametrize("quantizer", [BOOK, RESIDUAL, GRID], ids=lambda q: type(q).__name__)
+@covering("quantizer", (BOOK, RESIDUAL, GRID), numpyro=(1,), ids=lambda q: type(q).__name__)
 def test_every_parts_gradient_is_its_definitions(engine: str, quantizer: Quantizer) -> None:
     """Differences of the written surrogate, in which what is held constant is held constant."""
     spec = replace(SMALL, quantizer=quantizer)
@@ -238,7 +237,7 @@ def test_every_parts_gradient_is_its_definitions(engine: str, quantizer: Quantiz
         np.testing.assert_allclose(-np.asarray(found[name]), expected, 1e-5, 1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("objective", [IWAE(3, gradient=StraightThrough()), PIWAE(2, 2, gradient=StraightThrough())])
+@covering("objective", (IWAE(3, gradient=StraightThrough()), PIWAE(2, 2, gradient=StraightThrough())), numpyro=(1,))
 def test_equal_particles_are_one(engine: str, objective: Any) -> None:
     weights = random_weights(SMALL)
     one = gradient(engine, SMALL, weights, ELBO(gradient=StraightThrough()))
@@ -248,6 +247,7 @@ def test_equal_particles_are_one(engine: str, objective: Any) -> None:
         np.testing.assert_allclose(many[1][name], array, 1e-10, 1e-12, err_msg=name)
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_the_priors_gradient_does_not_reach_the_codes(engine: str) -> None:
     spec = replace(SMALL, **AUTOREGRESSIVE)
     weights = random_weights(spec)
@@ -289,6 +289,21 @@ def bernoulli_program(engine: str) -> Any:
     return Program(model, guide)
 
 
+@cache
+def bernoulli_gradient(objective: Any, x: float) -> Any:
+    """NumPyro's loss and its derivative in φ, as a function of φ and the seed."""
+    import jax
+
+    from elbozoo.inference.numpyro_engine import Loss
+
+    toy = bernoulli_program("numpyro")
+
+    def loss_of(phi: Any, seed: Any) -> Any:
+        return Loss(objective).loss(jax.random.key(seed), {"phi": phi}, toy.model, toy.guide, np.asarray(x))
+
+    return jax.jit(jax.value_and_grad(loss_of))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_bernoullis_straight_through_gradient(engine: str, seed: int) -> None:
     """``p (1-p) (a (x - a b) + logit 0.3 - φ) - (b - p)`` at the drawn b, which the value tells."""
@@ -307,14 +322,7 @@ def test_a_bernoullis_straight_through_gradient(engine: str, seed: int) -> None:
         loss.backward()
         value, found = loss.item(), pyro.get_param_store()._params["phi"].grad.item()
     else:
-        import jax
-
-        from elbozoo.inference.numpyro_engine import Loss as NumPyroLoss
-
-        def loss_of(phi: Any) -> Any:
-            return NumPyroLoss(objective).loss(jax.random.key(seed), {"phi": phi}, toy.model, toy.guide, np.asarray(x))
-
-        value, found = map(float, jax.value_and_grad(loss_of)(phi))
+        value, found = map(float, bernoulli_gradient(objective, x)(phi, seed))
     bounds = [
         -0.5 * (x - 2 * b) ** 2 - 0.5 * np.log(2 * np.pi) + np.log([0.7, 0.3][b]) - np.log([1 - p, p][b])
         for b in (0, 1)
@@ -325,8 +333,11 @@ def test_a_bernoullis_straight_through_gradient(engine: str, seed: int) -> None:
     np.testing.assert_allclose(-found, expected)
 
 
-@pytest.mark.parametrize(
-    "gradient", [None, DReG(), ScoreFunction()], ids=lambda g: "default" if g is None else type(g).__name__
+@covering(
+    "gradient",
+    (None, DReG(), ScoreFunction()),
+    numpyro=(0,),
+    ids=lambda g: "default" if g is None else type(g).__name__,
 )
 def test_other_gradients_are_refused(engine: str, gradient: Any) -> None:
     objective = ELBO() if gradient is None else ELBO(gradient=gradient)
@@ -385,8 +396,12 @@ def ema_weights(spec: VQVAE, seed: int = 0) -> dict[str, np.ndarray]:
     return weights | {"codebook.counts": counts, "codebook.sums": weights["codebook.codes"] * counts[..., None]}
 
 
-@pytest.mark.parametrize("quantizer", [BOOK, RESIDUAL], ids=lambda q: type(q).__name__)
-@pytest.mark.parametrize("objective", [OBJECTIVE, PIWAE(2, 2, gradient=StraightThrough())], ids=["ELBO", "PIWAE"])
+@covering(
+    "quantizer,objective",
+    list(itertools.product((BOOK, RESIDUAL), (OBJECTIVE, PIWAE(2, 2, gradient=StraightThrough())))),
+    numpyro=(3,),
+    ids=lambda part: type(part).__name__,
+)
 def test_moving_averages(engine: str, quantizer: Any, objective: Any) -> None:
     spec = replace(SMALL, quantizer=replace(quantizer, update="ema", decay=0.7))
     weights = ema_weights(spec)
@@ -430,11 +445,15 @@ def test_a_rerun_begins_where_the_step_did_in_numpyro() -> None:
 
     spec = replace(SMALL, quantizer=Codebook(4, 3, "ema", 0.1))
     found = program("numpyro", spec, ema_weights(spec))
-    terms, mutable = particles(
-        jax.random.key(0), {**found.params, **found.mutable}, found.model_fn, found.guide_fn, (X,)
-    )
-    assert abs(mutable["codebook$buffers"]["codes"] - found.weights["codebook.codes"]).max() > 0.1
-    assert (terms.freeze().log_guide == 0).all()
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        terms, mutable = particles(jax.random.key(0), params, found.model_fn, found.guide_fn, (X,))
+        return mutable["codebook$buffers"]["codes"], terms.freeze().log_guide
+
+    codes, log_guide = run({**found.params, **found.mutable})
+    assert abs(codes - found.weights["codebook.codes"]).max() > 0.1
+    assert (log_guide == 0).all()
 
 
 def test_a_moving_codebook_is_saved_and_resumed(engine: str, tmp_path: Any) -> None:
@@ -463,7 +482,7 @@ def test_twins_move_alike() -> None:
     np.testing.assert_allclose(runs[0].program.apply(log_weight, (X,)), other, 1e-10)
 
 
-@pytest.mark.parametrize("num_dead", [1, 3, 4])
+@covering("num_dead", (1, 3, 4), numpyro=(1, 2))
 def test_dead_codes_are_moved_onto_outputs(engine: str, num_dead: int) -> None:
     spec = replace(SMALL, quantizer=Codebook(4, 3, "ema", 0.5, revive=0.2))
     weights = ema_weights(spec)
@@ -514,6 +533,7 @@ def test_code_usage(engine: str) -> None:
         code_usage(getattr(VAE(6, 2, MLP((5,))), engine)(), X)
 
 
+@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
 def test_one_code_carries_nothing(engine: str) -> None:
     spec = replace(SMALL, quantizer=Codebook(1, 3))
     run = fit(getattr(spec, engine)(), X, objective=OBJECTIVE, epochs=2, progress=False)

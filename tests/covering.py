@@ -1,0 +1,33 @@
+"""Rows of a test that runs in both engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import pytest
+
+
+def covering(
+    names: str, rows: Sequence[Any], *, numpyro: Collection[int] = (0,), ids: Callable[[Any], Any] | None = None
+) -> pytest.MarkDecorator:
+    """Parametrise ``engine`` and ``names``: every row in Pyro; in NumPyro, which compiles each, those at ``numpyro``.
+
+    For rows that differ in what is written once for both engines: what is NumPyro's own must be in the rows it gets.
+
+    Args:
+        names: argument names, separated by commas.
+        rows: as for ``pytest.mark.parametrize``.
+        numpyro: indices of rows.
+        ids: what a row, or each value of one, is called.
+    """
+    several = "," in names
+    found = []
+    for engine in ("numpyro", "pyro"):
+        for i, row in enumerate(rows):
+            if engine == "numpyro" and i not in numpyro:
+                continue
+            values = tuple(row) if several else (row,)
+            words = [str(ids(value) if ids else i if not isinstance(value, str) else value) for value in values]
+            found.append(pytest.param(engine, *values, id="-".join([engine, *words])))
+    return pytest.mark.parametrize(f"engine,{names}", found)
