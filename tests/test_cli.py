@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from covering import PYRO_ALONE
 from matplotlib.colors import to_rgba
 
 import elbozoo
@@ -500,7 +501,7 @@ def test_replicates(capsys: pytest.CaptureFixture[str]):
     assert "elbozoo evaluate r/replicate-1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_ctrl_c_and_resume(engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Ctrl-C in the second epoch leaves the first one's checkpoint; resumed, the run is the one never stopped."""
     words = f"train vae --engine {engine} {SMALL}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from covering import covering
+from covering import PYRO_ALONE, covering
 from scipy import signal, stats
 
 from elbozoo.inference import ELBO, IWAE, STL, Adam, AnnealedKL, DReG, FreeBits, Run, bottleneck, fit
@@ -109,7 +109,7 @@ def densities(terms: Any) -> dict[str, Any]:
     return {"prior": priors, "guide": guides, "lik": terms.log_lik}
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_densities_are_those_of_a_path_in_numpy(engine: str) -> None:
     """Every layer's, in model and guide, and the likelihood's; at latents that neither drew."""
     weights, z = random_weights(SMALL), latents(SMALL, 2, len(DATA))
@@ -148,7 +148,7 @@ def test_draws_are_from_the_density(engine: str) -> None:
                 assert abs(np.corrcoef(standard, above)[0, 1]) < 4 / np.sqrt(len(above))
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_prior_and_guide_with_networks_of_zeros(engine: str) -> None:
     """N(0, I) at every layer, so no rate at all, and a likelihood that knows nothing of z."""
     zeros = {name: 0 * w for name, w in random_weights(SMALL).items()}
@@ -169,7 +169,7 @@ def rates(terms: Any) -> dict[str, Any]:
     return {name: site.rate_terms for name, site in terms.sites.items()}
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_a_guide_that_moves_nothing_has_no_rate(engine: str) -> None:
     weights = random_weights(SMALL)
     weights |= {n: 0 * w for n, w in weights.items() if "posteriors" in n and ".layers.2." in n}
@@ -335,7 +335,7 @@ def test_a_torch_step_is_traced(remat: bool) -> None:
         np.testing.assert_array_equal(w, weights[1][name], err_msg=name)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_under_an_outer_plate(engine: str) -> None:
     """Each of its entries is drawn on its own, all the way down."""
     user = program(engine, SMALL, random_weights(SMALL))
@@ -354,7 +354,7 @@ def test_under_an_outer_plate(engine: str) -> None:
     assert all((d[0] != d[1]).any() for d in draws)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_instruments(engine: str) -> None:
     user = program(engine, SMALL, random_weights(SMALL))
     run = Run(user, ELBO(), [], {"binarize": "none"})

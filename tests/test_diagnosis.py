@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
+from covering import PYRO_ALONE
 from oracles import library, wrapped
 from scipy import stats
 
@@ -43,7 +44,7 @@ def test_the_optimum_of_a_linear_vae(engine: str, x: np.ndarray) -> None:
     json.dumps(found.summary(), allow_nan=False)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_a_loose_guide_is_told_from_a_collapsed_one(engine: str, x: np.ndarray) -> None:
     weights = SPEC.optimum(x)
     weights["encoder_log_scale"] = weights["encoder_log_scale"] - 2.0
@@ -68,7 +69,7 @@ def test_a_loose_guide_is_told_from_a_collapsed_one(engine: str, x: np.ndarray) 
     json.dumps(found.summary(), allow_nan=False)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_discrete_latents_are_diagnosed_as_far_as_they_go(engine: str) -> None:
     """A mixture of two known components, guided by its exact posterior: no gap, enumerated, and why it is not split."""
     lib = library(engine)
@@ -94,7 +95,7 @@ def test_discrete_latents_are_diagnosed_as_far_as_they_go(engine: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The program does not broadcast")
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_what_cannot_be_diagnosed_says_what_is_missing(engine: str, x: np.ndarray) -> None:
     """One datum, no plate, an untrained program; data that are all equal have figures that are right."""
     lib = library(engine)

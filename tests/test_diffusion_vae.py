@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from covering import covering
+from covering import PYRO_ALONE, covering
 from scipy import special, stats
 
 from elbozoo.inference import (
@@ -269,7 +269,7 @@ def test_a_plate_that_is_subsampled_beside_the_data_makes_an_estimate(engine: st
     ELBO(2).check(terms)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_what_is_measured_of_a_chain(engine: str) -> None:
     x = np.random.default_rng(0).standard_normal((30, 1))
     given = program(engine, gaussian("chain", 4, LinearSchedule(4.0, -4.0)))
@@ -281,7 +281,7 @@ def test_what_is_measured_of_a_chain(engine: str) -> None:
     assert bottle.rate == pytest.approx(found.rate, abs=4.5 * bottle.rate_se)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_in_arviz(engine: str) -> None:
     x = np.random.default_rng(0).standard_normal((5, 1))
     found = to_arviz(program(engine, gaussian("one-step", 10)), x, num_draws=7)

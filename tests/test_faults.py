@@ -181,7 +181,7 @@ if __name__ == "__main__":
 
 import pytest  # noqa: E402
 from as_users import as_users_run_it  # noqa: E402, F401
-from covering import covering  # noqa: E402
+from covering import PYRO_ALONE, covering  # noqa: E402
 from programs import data, program  # noqa: E402
 
 from elbozoo.inference import (  # noqa: E402
@@ -806,7 +806,7 @@ def breaks_at(engine: str, seed: int) -> int:
     return info.value.step
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_a_full_disk_does_not_hide_a_non_finite_value(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
-from covering import covering
+from covering import PYRO_ALONE, covering
 from programs import data, program
 from sklearn.datasets import load_digits
 
@@ -285,7 +285,7 @@ def binary(num_data: int) -> np.ndarray:
     return (np.random.default_rng(0).random((num_data, 5)) < 0.4).astype(float)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_epochs_of_so_many_steps_go_on_through_the_data(engine: str) -> None:
     """Six epochs of two steps are four of three: the same minibatches in the same order."""
     x, options = binary(36), {"batch_size": 12, "progress": False, "seed": 2}
@@ -556,7 +556,7 @@ def test_images_are_flattened(engine: str) -> None:
     assert same_weights(digits(engine).weights, digits(engine, data=DIGITS.reshape(-1, 64)).weights)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_eight_bit_pixels_and_booleans_are_numbers(engine: str) -> None:
     white = DIGITS > 0.5
     runs = [digits(engine, data=white.astype(kind), binarize="none") for kind in (bool, np.uint8, float)]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
+from covering import PYRO_ALONE
 from oracles import library, wrapped
 from scipy import optimize, stats
 
@@ -228,7 +229,7 @@ def test_an_optimised_guide_is_a_program(engine: str, rng: np.random.Generator) 
     )  # the last bit: folded constants
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_latents_over_two_event_dims_have_no_richer_family(engine: str, rng: np.random.Generator) -> None:
     """A diagonal Gaussian over a matrix is not made full, and nothing is claimed of it."""
     lib = library(engine)

@@ -15,6 +15,7 @@ import arviz
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
+from covering import PYRO_ALONE
 from matplotlib import pyplot
 from oracles import library, shared_latent, wrapped
 from scipy import integrate, stats
@@ -208,7 +209,7 @@ def wide_pair(engine: str) -> tuple[Any, Any]:
     return model, guide
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_weights_that_all_vanish_correct_nothing(engine: str) -> None:
     lib = library(engine)
 
@@ -567,7 +568,7 @@ def test_a_model_that_looks_at_other_data_is_refused(engine: str) -> None:
     refused(engine, model, guide, np.array([0.0, 4.0]), "model must score a datum by itself as it does among others")
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_an_impossible_datum_is_refused(engine: str) -> None:
     lib = library(engine)
 

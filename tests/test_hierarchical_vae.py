@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from covering import covering
+from covering import PYRO_ALONE, covering
 from linear_hierarchy import Affine, Joint, LinearHierarchy, encoder_weights, extend, kl
 
 from elbozoo.guides import FullCovarianceGaussian, SemiAmortised
@@ -81,7 +81,7 @@ def test_every_bound_is_the_evidence_under_the_exact_guide(engine: str, bound: A
     np.testing.assert_allclose(found, EXACT.log_evidence(X), atol=1e-10)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_the_best_diagonal_guide_loses_each_layers_correlations(engine: str) -> None:
     """Climbing, layer l loses ``1/2 (sum_d log P_dd - log det P)``, P the precision of p(z_l | below)."""
     precisions = [np.linalg.inv(layer.covariance) for layer in EXACT.climb()]
@@ -177,7 +177,7 @@ def test_bad_input(settings: dict[str, Any], message: str) -> None:
         HierarchicalVAE(**settings)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_weights_of_other_layers_are_refused(engine: str) -> None:
     weights = random_weights(TWINS[0])
     with pytest.raises(InvalidArgument, match="weights"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from covering import covering
+from covering import PYRO_ALONE, covering
 from scipy.special import log_expit, logsumexp
 from test_vqvae import AUTOREGRESSIVE, OBJECTIVE, choose, chosen, gradient, log_weight, program, still
 
@@ -150,7 +150,7 @@ def test_the_bound_is_distortion_and_the_codes_logarithms(engine: str, quantizer
         assert (sites[name]["guide"] == 0).all()
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_the_finer_codes_depend_on_the_coarse_ones(engine: str) -> None:
     """The guide's at another top code are those of its own outputs there."""
     weights = weights_of(SMALL)
@@ -259,7 +259,7 @@ def test_every_parts_gradient_is_its_definitions(engine: str, quantizer: Quantiz
         assert abs(np.asarray(found[name])).max() > 1e-3, name
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_the_priors_gradient_does_not_reach_the_codes(engine: str) -> None:
     weights = weights_of(LEARNED)
     uniform = {n: a for n, a in weights.items() if not n.startswith("priors.")}
@@ -303,7 +303,7 @@ def test_each_level_has_moving_averages_of_its_own(engine: str) -> None:
         assert abs(expected - weights[f"codebooks.{level}.codes"][0]).max() > 0.01
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_code_usage_by_level(engine: str) -> None:
     weights = weights_of(SMALL)
     held, found = Held(SMALL, weights, X), program(engine, SMALL, weights)
@@ -314,7 +314,7 @@ def test_code_usage_by_level(engine: str) -> None:
         code_usage(found, X, level=3)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's prior is trained in tests/test_vqvae.py
+@PYRO_ALONE  # NumPyro's prior is trained in tests/test_vqvae.py
 def test_a_learned_prior_lowers_the_rate_of_both_levels(engine: str) -> None:
     x = np.repeat(np.eye(16)[:2], 32, axis=0)  # two data, so one or two states of the codes
     spec = replace(SMALL, quantizer=Codebook(8, 2), **AUTOREGRESSIVE | {"prior_layers": 1})
@@ -337,7 +337,7 @@ def test_a_learned_prior_lowers_the_rate_of_both_levels(engine: str) -> None:
     assert posterior["z1"].shape[-2:] == (4, 2)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_more_particles_are_one(engine: str) -> None:
     weights = weights_of(SMALL)
     one = gradient(engine, SMALL, weights, ELBO(gradient=StraightThrough()), X)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from covering import covering
+from covering import PYRO_ALONE, covering
 from linear_hierarchy import Affine, Joint, LinearHierarchy, encoder_weights, extend, kl
 from test_hierarchical_vae import BOUNDS, bound_of, has_kl, log_weight, program
 
@@ -55,7 +55,7 @@ def test_every_bound_is_the_evidence_under_the_exact_guide(engine: str, bound: A
     np.testing.assert_allclose(found, EXACT.log_evidence(X), atol=1e-10)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_the_gap_of_any_linear_ladder_is_the_kl_of_two_joint_gaussians(engine: str) -> None:
     rng = np.random.default_rng(5)
     layers = [

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
-from covering import covering
+from covering import PYRO_ALONE, covering
 from test_starts import AXES, DATA, EIGENVALUES, MEAN, S2, Falling, log_likelihood
 
 from elbozoo.inference import ELBO, Collapsed, Course, Run, fit, local_minima
@@ -59,7 +59,7 @@ def at(engine: str, kept: list[int], seed: int, stretch: float = 1.0) -> Run:
     return Run(program, ELBO(), history, {"seed": seed, "binarize": "none", "engine": engine})
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_lost_directions_cost_what_the_closed_form_says(engine: str) -> None:
     """½ [λ/σ² - 1 - log(λ/σ²)] nats each; the guide is exact, so no draw adds anything."""
     value = 0.5 * (EIGENVALUES[:3] / S2 - 1 - np.log(EIGENVALUES[:3] / S2))
@@ -124,7 +124,7 @@ def test_the_linear_model_has_no_bad_minimum(engine: str, start: Any) -> None:
 # --- what cannot be -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_bad_input_is_refused(engine: str) -> None:
     one, two = at(engine, [0], 0), at(engine, [1], 1)
     for runs, x, options, text in [

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
+from covering import PYRO_ALONE
 from matplotlib.figure import Figure
 from oracles import library
 
@@ -55,7 +56,7 @@ def said(figure: Figure) -> str:
     return " ".join(text.get_text() for text in figure.texts)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_interpolations(run: Run, x: np.ndarray) -> None:
     """The data at the ends; between them the decoder along the straight line of posterior means."""
     found, w = tiles(pictures.interpolations(run, x, pairs=3, steps=5), 7), weights()
@@ -113,7 +114,7 @@ def _contours(axes: Any) -> list[np.ndarray]:
     return [max((p.vertices for p in path._iter_connected_components()), key=len) for path in lines.get_paths()]
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_one_latent_dimension_is_drawn_as_a_histogram(engine: str, x: np.ndarray) -> None:
     spec = LinearVAE(data_dim=3, latent_dim=1)
     program = fit(getattr(spec, engine)(), x[:, :3], epochs=1, progress=False).program
@@ -228,7 +229,7 @@ def own(engine: str, kind: str) -> tuple[Run, Any]:
     return Run(program, ELBO(), [], dict(CONFIG)), data
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_discrete_sites_and_several_arguments(engine: str) -> None:
     run, data = own(engine, "two sites")
     figure = pictures.aggregate_posterior(run, data)
@@ -250,7 +251,7 @@ def test_latents_that_all_data_share_have_no_picture(engine: str) -> None:
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's is the command line's, in tests/test_cli.py
+@PYRO_ALONE  # NumPyro's is the command line's, in tests/test_cli.py
 def test_the_page_of_a_diagnosis(run: Run, x: np.ndarray, tmp_path: Any) -> None:
     """Every sentence and figure is on it, the waterfall where there are gaps, and nothing comes from elsewhere."""
     settings = {"num_particles": 20, "num_data": 60}

@@ -15,7 +15,7 @@ import numpy as np
 import oracles
 import pytest
 from as_users import as_users_run_it  # noqa: F401
-from covering import covering
+from covering import PYRO_ALONE, covering
 from scipy import special, stats
 from test_starts import DATA, EIGENVALUES, MEAN, Falling, log_likelihood
 
@@ -546,7 +546,7 @@ def test_an_informative_start_carries_more_than_the_bound_will_keep(engine: str,
     assert run.history[0]["rate"] > 4.0
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's teacher: tests/test_starts.py
+@PYRO_ALONE  # NumPyro's teacher: tests/test_starts.py
 def test_ppca_teaches_a_learned_prior_too(engine: str) -> None:
     """The teacher's aggregate has the moments of N(0, I), which one Gaussian component then is: the bound is pPCA's."""
     spec = VAE(5, 3, MLP(hidden=()), Gaussian("learned"), prior=MixturePrior(num_components=1))
@@ -556,7 +556,7 @@ def test_ppca_teaches_a_learned_prior_too(engine: str) -> None:
     assert run.history[0]["bound"] == pytest.approx(log_likelihood(0.2, 3) - 5 * np.log(0.3), abs=0.02)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # the teacher is the one of the test above, whatever the prior
+@PYRO_ALONE  # the teacher is the one of the test above, whatever the prior
 def test_ppca_teaches_pseudo_inputs(engine: str) -> None:
     """A mixture of the posteriors comes near their aggregate, which is about N(0, I)."""
     spec = VAE(5, 3, MLP(hidden=()), Gaussian("learned"), prior=VampPrior(num_components=30))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
+from covering import PYRO_ALONE
 from oracles import shared_latent
 
 from elbozoo.inference import Beta, RateDistortion, RatePoint, rate_distortion
@@ -84,7 +85,7 @@ def test_the_trained_curve_is_the_closed_forms(engine: str) -> None:
     assert plain["num_data"] == 2000
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_errors_are_those_of_the_choice_of_data(engine: str) -> None:
     """At the optimum ``rate_n = Σ ½ (m_i² + v_i - 1 - log v_i)`` with ``m_i ~ N(0, 1 - v_i)``: variance ``½ Σ (1 - v_i)²``."""
     x = with_covariance(EIGENVALUES, 1000)
@@ -99,7 +100,7 @@ def test_errors_are_those_of_the_choice_of_data(engine: str) -> None:
     assert set(point.active_units) == {"z"}
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # what is NumPyro's own is fit's
+@PYRO_ALONE  # what is NumPyro's own is fit's
 def test_equal_seeds_and_data_in_parts(engine: str) -> None:
     spec, x = LinearVAE(data_dim=4, latent_dim=2), with_covariance(EIGENVALUES, 100)
     program = getattr(spec, engine)()

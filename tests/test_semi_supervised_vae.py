@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from covering import covering
+from covering import PYRO_ALONE, covering
 from oracles import bernoulli, gauss_hermite, normal
 from scipy.special import log_softmax, logsumexp
 
@@ -176,7 +176,7 @@ def test_the_bounds_by_hand_are_below_the_evidence() -> None:
     np.testing.assert_allclose(logsumexp(log_q_class(WEIGHTS), axis=1), 0, atol=1e-12)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_log_weights_at_given_latents(engine: str) -> None:
     made, z = program(engine), np.random.default_rng(1).normal(size=(2, len(X), 1))
     for y in range(C):
@@ -199,7 +199,7 @@ def test_bounds_are_the_labelled_and_the_unlabelled_one(engine: str, bound: Any)
     assert (4 * error < 0.25 * (evidence(WEIGHTS) - want) + 0.05).all(), "no power"
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_importance_sampling_gives_both_evidences(engine: str) -> None:
     found = evaluate(program(engine), (X, Y), num_particles=4000).per_datum
     np.testing.assert_allclose(found.log_lik_estimate, evidence(WEIGHTS), atol=0.05)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
+from covering import PYRO_ALONE
 from oracles import library
 
 from elbozoo.inference.errors import InvalidArgument, Refused
@@ -330,7 +331,7 @@ def test_layerwise_order() -> None:
         replace(layerwise, order=("z2", "z9")).check(terms)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_free_bits_a_dimension_refuse_a_full_covariance(engine: str) -> None:
     lib = library(engine)
     exact = oracles.LinearGaussian.random()

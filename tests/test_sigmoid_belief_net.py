@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from covering import covering
+from covering import PYRO_ALONE, covering
 from scipy.special import expit, log_expit, logsumexp
 
 from elbozoo.inference import ELBO, IWAE, Adam, evaluate, exact_log_lik, fit, to_arviz
@@ -242,7 +242,7 @@ def test_training_finds_the_evidence(engine: str) -> None:
     assert abs(evaluate(run.program, x, num_particles=50).elbo + np.log(2)) < 0.05
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_to_arviz_holds_the_states(engine: str) -> None:
     posterior = to_arviz(trained(engine, TINY[1]), X, num_draws=20).posterior
     assert set(posterior.data_vars) == {"z1", "z2"}

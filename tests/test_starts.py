@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
-from covering import covering
+from covering import PYRO_ALONE, covering
 from programs import data, program
 from scipy.stats import multivariate_normal
 
@@ -101,7 +101,7 @@ def test_informative_is_the_closed_form_at_its_beta(engine: str) -> None:
     assert row["live_z"] == 1
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_the_default_informative_start_has_more_than_the_bound_will_keep(engine: str) -> None:
     row = begin(engine, start=Informative(epochs=100)).history[0]
     assert row["rate"] > 2 * 0.5 * np.log(EIGENVALUES[:3] / S2).sum()
@@ -167,7 +167,7 @@ def test_the_optimiser_starts_anew(engine: str, start: Any) -> None:
     assert run.config["start"] == to_config(start)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_a_schedule_starts_after_the_phase(engine: str) -> None:
     objective = AnnealedKL(ELBO(), warmup=4)
     run = begin(engine, start=Informative(epochs=3), objective=objective, epochs=4)
@@ -213,7 +213,7 @@ def test_replicates_are_the_seeds_alone(engine: str, name: str) -> None:
     assert not same_weights(*both)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_an_objective_keeps_its_gradient_in_the_phase(engine: str) -> None:
     run = begin(engine, start=Collapsed(epochs=150), objective=IWAE(3, gradient=DReG()))
     assert run.history[0]["rate"] < 0.05

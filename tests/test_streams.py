@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
-from covering import covering
+from covering import PYRO_ALONE, covering
 from programs import program
 from test_fit import Decay, same_history, same_weights
 
@@ -127,7 +127,7 @@ def test_a_start_with_a_phase(engine: str, tmp_path: Path) -> None:
         train(engine, saved(GREY, tmp_path), start=PPCA())
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_all_data_a_minibatch_are_loaded(engine: str, tmp_path: Path) -> None:
     one, two = (train(engine, d, batch_size=200) for d in (GREY, saved(GREY, tmp_path)))
     assert same(one, two)
@@ -320,7 +320,7 @@ def test_a_data_loader(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["step"] for row in found.history] == [6, 12, 18]
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # a loader of torch in NumPyro is the test above
+@PYRO_ALONE  # a loader of torch in NumPyro is the test above
 def test_a_shuffling_data_loader_repeats_under_its_generator(engine: str) -> None:
     import torch
     from torch.utils.data import DataLoader, TensorDataset
@@ -334,7 +334,7 @@ def test_a_shuffling_data_loader_repeats_under_its_generator(engine: str) -> Non
     assert not same(one, other)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_an_iterator_serves_one_pass(engine: str) -> None:
     x = GREY.round()
     made = iter(Again(x))

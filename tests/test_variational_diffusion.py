@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from covering import covering
+from covering import PYRO_ALONE, covering
 from scipy import special, stats
 from test_diffusion_vae import continuous_loss, end_losses, hermite, noise, parts, program
 
@@ -82,7 +82,7 @@ def test_the_whole_bound_is_nearly_the_entropy(engine: str) -> None:
     assert found - entropy == pytest.approx(continuous_loss(1.0) + sum(end_losses(1.0)) - entropy, abs=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_a_thousand_steps_are_nearly_infinitely_many(engine: str) -> None:
     """The discrete loss falls to the continuous one as 1 / T."""
     from test_diffusion_vae import discrete_loss

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from covering import covering
+from covering import PYRO_ALONE, covering
 from scipy.special import expit, log_expit, logit, logsumexp
 
 from elbozoo.guides import DiagonalGaussian
@@ -247,7 +247,7 @@ def test_equal_particles_are_one(engine: str, objective: Any) -> None:
         np.testing.assert_allclose(many[1][name], array, 1e-10, 1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_the_priors_gradient_does_not_reach_the_codes(engine: str) -> None:
     spec = replace(SMALL, **AUTOREGRESSIVE)
     weights = random_weights(spec)
@@ -533,7 +533,7 @@ def test_code_usage(engine: str) -> None:
         code_usage(getattr(VAE(6, 2, MLP((5,))), engine)(), X)
 
 
-@pytest.mark.parametrize("engine", ["pyro"])  # written once for both engines
+@PYRO_ALONE  # written once for both engines
 def test_one_code_carries_nothing(engine: str) -> None:
     spec = replace(SMALL, quantizer=Codebook(1, 3))
     run = fit(getattr(spec, engine)(), X, objective=OBJECTIVE, epochs=2, progress=False)

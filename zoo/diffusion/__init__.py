@@ -54,9 +54,9 @@ def signal_of(z: Array, noise: Array, log_snr: Array) -> Array:
 def noise_said(output: Array, z: Array, log_snr: Array, predicts: str, end: EndLikelihood) -> Array:
     """The noise that a denoiser's output says there is.
 
-    ``"prior"`` is ``(m, log s)``, two halves of the last axis: the signal's mean given z, were each entry
-    ``N(m, s^2)`` before z was seen, and whatever else ``end`` knows of it. With ``s = 0`` that is m, with large s it is z
-    itself: each entry is between what the network knows and what is still to be read off z.
+    ``"prior"`` is ``(m, log s)``, two halves of the last axis: the signal's mean given z, were each entry ``N(m, s^2)``
+    before z was seen, with what else ``end`` knows of it. With ``s = 0`` that is m, with large s it is z itself: each
+    entry is between what the network knows and what is still to be read off z.
     """
     if predicts == "noise":
         return output
