@@ -805,7 +805,7 @@ def semi_supervised(record: dict[str, Any]) -> str:
 
 def remedies(record: dict[str, Any]) -> str:
     """Bits/dim model by model, a data set at a time."""
-    cells, config = list(record["cells"].values()), record["config"]
+    cells, config = in_order(record), record["config"]
     setting = (
         f"{config['num_train']} images, batches of {config['batch_size']}, {config['seconds']:.0f} s of training a "
         f"cell on one core; {cells[0]['num_data']} held-out images, K beside the figures; one seed."
@@ -841,13 +841,20 @@ def remedies(record: dict[str, Any]) -> str:
     return "\n\n".join([setting, table(head, rows), picture])
 
 
+def in_order(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells by data and model, whenever they were run."""
+    config = record["config"]
+    rank = {(d, m): i for i, (d, m) in enumerate(itertools.product(config["data"], config["models"]))}
+    return sorted(record["cells"].values(), key=lambda cell: rank[cell["data"], cell["model"]])
+
+
 def remedies_figure(record: dict[str, Any]) -> Figure:
     """A row a cell: its samples, and its nats from next to the data upwards, by layer or by piece of time."""
     from matplotlib.figure import Figure
 
     from elbozoo.benchmarks.codes import unpacked
 
-    cells = list(record["cells"].values())
+    cells = in_order(record)
     figure = Figure(figsize=(9.0, 0.95 * len(cells)), layout="constrained")
     axes = figure.subplots(len(cells), 2, squeeze=False, width_ratios=(2.2, 1))
     for (left, right), cell in zip(axes, cells, strict=True):
