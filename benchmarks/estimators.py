@@ -113,8 +113,8 @@ def objectives(num_particles: int, warmup: float) -> dict[str, Objective]:
 REFERENCE = {True: "elbo", False: "nvil"}
 """By whether the sites are reparameterised: what a model's states are trained by, and what others are compared with."""
 
-LAWFUL = ("vae",)
-"""The models whose laws are measured."""
+LAWFUL, LAWS_STATE = ("vae",), "iwae, dreg"
+"""The models whose laws are measured, and what trains them."""
 
 OWN = "program"
 """The model's name where it is the user's own."""
@@ -147,7 +147,7 @@ class Config:
         num_particles: K of the reported NLL.
         num_draws: draws of each gradient; ten times as many of the reference of its bias.
         law_draws: draws of the latents, from which IWAE's gap is read off at every power of two.
-        law_particles: values of K at which the laws' gradients are drawn.
+        law_particles: values of K at which the laws' gradients are drawn, without 1, which is the ELBO.
         jobs: processes that measure cells side by side.
         backend: loky for processes of this machine, ray for a cluster.
         cells: folder of the cells' files.
@@ -176,7 +176,7 @@ class Config:
     num_particles: int = 5000
     num_draws: int = 200
     law_draws: int = 4096
-    law_particles: tuple[int, ...] = (1, 4, 16, 64)
+    law_particles: tuple[int, ...] = (4, 16, 64, 256)
     jobs: int = 1
     backend: Literal["loky", "ray"] = "loky"
     cells: Path = Path("runs/estimators")
@@ -430,15 +430,21 @@ def gradients(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
 
 
 def states(
-    config: Config, cell: Cell, train: np.ndarray, scratch: Path, stages: tuple[str, ...] = STAGES
+    config: Config,
+    cell: Cell,
+    train: np.ndarray,
+    scratch: Path,
+    stages: tuple[str, ...] = STAGES,
+    objective: str | None = None,
 ) -> dict[str, Any]:
-    """The model at the start, in the middle and at the end of a training by its reference, or at some of these."""
+    """The model at the start, in the middle and at the end of a training, or at some of these.
+
+    By its reference, unless an objective is named.
+    """
     model, every = cell["model"], objectives(config.particles, config.num_steps / 2)
     pieces = max(2, config.num_steps // PIECE)
-    settings: dict[str, Any] = {
-        "objective": every[REFERENCE[is_smooth(config, model)]],
-        "batch_size": config.batch_size,
-    }
+    by = objective or REFERENCE[is_smooth(config, model)]
+    settings: dict[str, Any] = {"objective": every[by], "batch_size": config.batch_size}
     settings |= {"learning_rate": config.learning_rate, "progress": False}
     states: dict[str, Any] = {}
     for stage, epochs, steps in (("start", 1, 1), ("middle", pieces // 2, PIECE), ("end", pieces, PIECE)):
@@ -491,9 +497,13 @@ def reference_of(config: Config, smooth: bool, objective: Objective) -> Objectiv
 
 
 def laws(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
-    """The gap of IWAE, and the signal-to-noise of its gradients, against K at the end of a training."""
+    """The gap of IWAE, and the signal-to-noise of its gradients, against K at the end of a training by it.
+
+    A guide that the ELBO has trained is narrower than the posterior: its weights' variance, which the laws are in terms
+    of, need not be finite.
+    """
     train, test = images(config, cell["data"])
-    program = states(config, cell, train, scratch, ("end",))["end"]
+    program = states(config, cell, train, scratch, ("end",), LAWS_STATE)["end"]
     x, most = train[: config.batch_size], config.law_draws
     log_weights = np.concatenate(
         [program.apply(_log_weight, (test,), num_particles=most, seed=seed) for seed in range(4)]
@@ -612,7 +622,7 @@ def main(config: Config) -> None:
         small: dict[str, Any] = {"data": ("digits",), "models": ("vae",), "objectives": ("iwae",)}
         small |= {"particles": 2, "seeds": (0, 1), "num_steps": PIECE, "seconds": 0.01, "hidden": 4, "latent_dim": 2}
         small |= {"num_train": 100, "num_test": 8, "num_particles": 16, "num_draws": 4, "engines": ("numpyro",)}
-        small |= {"law_draws": 16, "law_particles": (1, 2)}
+        small |= {"law_draws": 16, "law_particles": (2, 4)}
         results = config.results.with_name("smoke_estimators.json")
         config = replace(config, **small, cells=results.with_suffix(""), results=results, smoke=False)
     measure_all(grid_of(config), config.results, claims, jobs=config.jobs, backend=config.backend)
