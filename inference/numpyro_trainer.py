@@ -26,7 +26,7 @@ from elbozoo.inference.weights import frozen_mask
 
 
 class State(NamedTuple):
-    """Everything that training carries from step to step; with replicates, every leaf has a leading replicate axis."""
+    """Everything that training carries from step to step; with replicates, every leaf but the step has a leading axis."""
 
     params: Params  # unconstrained
     average: Params | None  # of the parameters, where the optimiser keeps one
@@ -34,6 +34,10 @@ class State(NamedTuple):
     mutable: Params
     key: jax.Array  # raw key data, so that it is an ordinary array
     step: jax.Array
+
+
+REPLICATES: Any = State(0, 0, 0, 0, 0, None)
+"""The axes of replicates."""
 
 
 class Trainer:
@@ -97,7 +101,8 @@ class Trainer:
             self.frozen = frozen and self._frozen(example, frozen)
             init = partial(self._init, example=example)
             keys = jnp.stack([random.PRNGKey(s) for s in seeds])
-            self.state: State = jax.jit(jax.vmap(init) if self.replicated else lambda k: init(k[0]))(keys)
+            run = jax.vmap(init, out_axes=REPLICATES) if self.replicated else lambda k: init(k[0])
+            self.state: State = jax.jit(run)(keys)
             if not self.transforms:
                 raise must(
                     "program", "have a parameter to train", "none", "Add numpyro.param or a network to model or guide"
@@ -105,7 +110,8 @@ class Trainer:
             self.state = self._everywhere(self.state)
         epoch, held_out = self._epoch, self._held_out
         if self.replicated:
-            epoch, held_out = jax.vmap(epoch, (0, None, 0)), jax.vmap(held_out, (0, None, None))
+            epoch = jax.vmap(epoch, (REPLICATES, None, 0), (REPLICATES, 0))
+            held_out = jax.vmap(held_out, (REPLICATES, None, None))
         self._run_epoch = jax.jit(epoch, out_shardings=self.mesh and NamedSharding(self.mesh, PartitionSpec()))
         self._run_held_out = jax.jit(held_out)
 
@@ -282,13 +288,15 @@ class Trainer:
 
     @property
     def _count(self) -> int:
-        return self.state.step.shape[0] if self.replicated else 1
+        return len(self.state.key) if self.replicated else 1
 
     def _mean_surrogate(self, terms: Callable, params: Params) -> jax.Array:
         return self.objective.surrogate(terms(params)[0]).mean()
 
     def _replicate(self, index: int) -> State:
-        return jax.tree.map(lambda x: x[index], self.state) if self.replicated else self.state
+        if not self.replicated:
+            return self.state
+        return State(*jax.tree.map(lambda x: x[index], self.state[:-1]), self.state.step)
 
     def same(self, value: Any) -> Any:
         """``value``: there is one process."""
