@@ -26,7 +26,7 @@ from elbozoo.inference.weights import frozen_mask
 
 
 class State(NamedTuple):
-    """Everything that training carries from step to step; with replicates every leaf but the step has an axis of them."""
+    """All that training carries from step to step; with replicates every leaf but the step has an axis of them."""
 
     params: Params  # unconstrained
     average: Params | None  # of the parameters, where the optimiser keeps one
