@@ -164,8 +164,8 @@ class Grid:
             except BrokenExecutor as error:
                 left = [name_of(cell) for cell in wanted if not self.path(cell).exists()]
                 raise CellsFailed(
-                    f"A worker was killed (out of memory?); {len(left)} of {len(self.cells)} cells are not there, the "
-                    f"others are: {'; '.join(left)}. Run the same again, with fewer jobs."
+                    f"The workers ended ({error}); {len(left)} of {len(self.cells)} cells are not there: "
+                    f"{'; '.join(left)}. Run the same again, with fewer jobs if memory ran out."
                 ) from error
         if failed:
             raise CellsFailed(

@@ -398,4 +398,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    # of the module, not of the script: worker processes could not find what is the script's
+    from elbozoo.benchmarks import scaling
+
+    scaling.main(tyro.cli(scaling.Config))

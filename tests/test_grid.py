@@ -89,7 +89,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path):
 
 def test_a_worker_that_is_killed_is_told(tmp_path: Path):
     grid = sweep.grid(tmp_path, {"die": 1, "quick": 2})
-    with pytest.raises(CellsFailed, match=r"(?s)worker was killed.*die, 0"):
+    with pytest.raises(CellsFailed, match=r"(?s)workers ended.*die, 0"):
         run(grid, jobs=2)
 
 
