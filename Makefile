@@ -1,5 +1,5 @@
 # make demo     a venv with the [numpyro] extra alone (no torch), then `elbozoo demo`
-# make test     a venv with everything, then the whole test suite
+# make test     a venv with everything, then the whole test suite (ELBOZOO_EVERY_ROW=1: all rows of it in both engines)
 # make lint     ruff and pyright, in the same venv
 # make format   what ruff can put right by itself
 # make arviz1   the tests marked `arviz` under ArviZ 1.x, which needs Python 3.12
