@@ -845,7 +845,7 @@ def in_order(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The cells by data and model, whenever they were run."""
     config = record["config"]
     rank = {(d, m): i for i, (d, m) in enumerate(itertools.product(config["data"], config["models"]))}
-    return sorted(record["cells"].values(), key=lambda cell: rank[cell["data"], cell["model"]])
+    return sorted(record["cells"].values(), key=lambda cell: rank.get((cell["data"], cell["model"]), len(rank)))
 
 
 def remedies_figure(record: dict[str, Any]) -> Figure:

@@ -21,7 +21,7 @@ from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.numpyro_engine import MEMORY, OWN_SITES, Params, Program, particles, with_own_sites
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
-from elbozoo.inference.recording import check_amortised, check_counts, first_non_finite, step_metrics
+from elbozoo.inference.recording import NOBODY, check_amortised, check_counts, first_non_finite, step_metrics
 from elbozoo.inference.weights import frozen_mask
 
 
@@ -43,7 +43,8 @@ REPLICATES: Any = State(0, 0, 0, 0, 0, None)
 class Trainer:
     """Runs epochs of one objective on one program.
 
-    ``norm_every`` is how often the gradient's norm is measured, in steps; at the others it is said to be -1.
+    ``norm_every`` is how often the gradient's norm is measured, in steps, if ``skip_norm`` does not ask for each;
+    at the others it is said to be -1.
 
     Args:
         data: what :meth:`epoch` takes minibatches from, until ``self.data`` is set to others; the first of them are
@@ -95,7 +96,8 @@ class Trainer:
             if program.spec is None and program.local_to is None:
                 # an autoguide keeps what it sees at its first call, which must not be a tracer
                 program.init(random.PRNGKey(seeds[0]), *example)
-            if self.batch_size < self.num_data and program.spec is None:  # the zoo's are amortised
+            zoos = program.spec is not None and getattr(self.whole.guide_fn, "spec", None) is program.spec
+            if self.batch_size < self.num_data and not zoos:  # the zoo's guides are amortised
                 check_amortised(self._shapes(example), self._shapes(jax.tree.map(lambda a: a[:1], example)))
             self.transforms: dict[str, Any] = {}  # known once the program has been run, in _init
             self.frozen = frozen and self._frozen(example, frozen)
@@ -261,9 +263,13 @@ class Trainer:
         self.state = self.state._replace(params=params, average=average, optimizer=optimizer, mutable=mutable)
 
     def bad_parameter(self) -> tuple[str, int] | None:
-        """The first parameter that is not finite, and its replicate; None when all are."""
+        """The first parameter that is not finite, and its replicate; None when all are.
+
+        Or of which the optimiser keeps a number that is not: a square that overflowed stops Adam for good.
+        """
         for replicate in range(self._count):
-            if name := _non_finite(self._replicate(replicate).params):
+            state = self._replicate(replicate)
+            if name := _non_finite(state.params) or _non_finite(_kept_of(state.optimizer, state.params)):
                 return name, replicate
         return None
 
@@ -284,7 +290,7 @@ class Trainer:
                     name = _non_finite(jax.grad(partial(self._mean_surrogate, terms))(state.params))
             if name:
                 return name, replicate
-        return "the bound", 0
+        return NOBODY, 0
 
     @property
     def _count(self) -> int:
@@ -355,6 +361,16 @@ def _non_finite(params: Params) -> str:
     """Name of the first site with a non-finite leaf; empty if none."""
     bad = (n for n, v in params.items() if not all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(v)))
     return next(bad, "")
+
+
+def _kept_of(optimizer: Any, params: Params) -> dict[str, list[Any]]:
+    """What an optimiser keeps for each site: the floating leaves of its state that lie under the site's name."""
+    found: dict[str, list[Any]] = {n: [] for n in params}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in found]
+        if names and jnp.issubdtype(leaf.dtype, jnp.floating):
+            found[names[0]].append(leaf)
+    return found
 
 
 def _mesh(name: str | None, count: int) -> Mesh:

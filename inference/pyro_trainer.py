@@ -25,7 +25,7 @@ from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.pyro_devices import Together, local
 from elbozoo.inference.pyro_engine import OWN, OwnNumbers, Program, kept_buffers, particle_plate, particles
-from elbozoo.inference.recording import check_amortised, check_counts, first_non_finite, step_metrics
+from elbozoo.inference.recording import NOBODY, check_amortised, check_counts, first_non_finite, step_metrics
 from elbozoo.inference.weights import frozen_names
 
 
@@ -347,9 +347,9 @@ class Trainer:
                 loss = self.objective.surrogate(terms).mean()
                 gradients = torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)
                 found = zip(self.params, gradients, strict=True)
-                name = next((n for n, g in found if g is not None and not torch.isfinite(g).all()), "the bound")
+                name = next((n for n, g in found if g is not None and not torch.isfinite(g).all()), NOBODY)
         self.take(before)  # the forward pass may have moved a batch norm's statistics
-        return (self.together.first_named(name, "the bound") if self.together else name), 0
+        return (self.together.first_named(name, NOBODY) if self.together else name), 0
 
     def same(self, value: Any) -> Any:
         """``value``, or that of the first of several processes."""

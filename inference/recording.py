@@ -12,6 +12,9 @@ from elbozoo.inference.errors import must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.terms import Terms
 
+NOBODY = "the bound"
+"""Who is to blame where no site and no parameter is."""
+
 LIVE = 0.01
 """Nats: a latent dimension whose minibatch-mean KL is above it is live."""
 
@@ -113,7 +116,8 @@ def rewind(trainer: Any, snapshot: Any, order: np.ndarray, bad_step: int) -> tup
         trainer.epoch(order[:, step : step + 1])
         if bad := trainer.bad_parameter():
             trainer.take(before)
-            return bad[0], step, bad[1]
+            name, replicate = trainer.blame(order[:, step])  # clipping may have spread it from where it came from
+            return (name, step, replicate) if name != NOBODY else (bad[0], step, bad[1])
     raise AssertionError("a replay that ends in a non-finite parameter has a step at which it becomes so")
 
 

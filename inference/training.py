@@ -49,10 +49,10 @@ class Run:
         objective: what was maximised.
         history: one dict an epoch: ``epoch``, ``step``, ``bound`` (unshaped, nats per datum, training minibatches),
             ``rate``, ``distortion``, ``kl_<site>``, ``seconds``, ``grad_norm`` (in NumPyro of every tenth step, where
-            an epoch has as many); ``live_<site>`` where the site factorises: how many of its dimensions have a
-            minibatch-mean KL above 0.01 nats (the mean over the epoch's minibatches, so it need not be whole);
-            ``valid_bound`` with held-out data; ``shaped_bound``, ``beta``, … under a shape; ``skipped``, the share of
-            the epoch's updates, under ``Adam(skip_norm=…)``.
+            an epoch has as many and no ``skip_norm`` asks for it); ``live_<site>`` where the site factorises: how many
+            of its dimensions have a minibatch-mean KL above 0.01 nats (the mean over the epoch's minibatches, so it
+            need not be whole); ``valid_bound`` with held-out data; ``shaped_bound``, ``beta``, … under a shape;
+            ``skipped``, the share of the epoch's updates, under ``Adam(skip_norm=…)``.
         config: settings, versions and seeds; JSON-able. After a start with a phase, ``config["phase"]`` has the figures
             of the phase's last epoch, as the history has those of an epoch.
     """

@@ -475,9 +475,10 @@ def test_what_contradicts_a_sure_denoiser_costs_nats_and_not_their_square() -> N
     level = np.linspace(-5.0, 13.3, 2001)
     alpha, sigma = (v[:, None] for v in noise(level))
     eps = np.random.default_rng(0).normal(size=(2001, 1))
-    z, output = alpha * 1.0 + sigma * eps, np.repeat([[-1.0, -9.0]], 2001, 0)
-    said = specs.noise_said(output, z, level, "prior", DiscretizedNormal(256))
-    assert 15.0 < 0.5 * ((eps - said) ** 2).mean() * 18.3 < 60.0
+    for mean, x in ((-1.0, 1.0), (1.5, 0.95), (-30.0, 1.0)):
+        z, output = alpha * x + sigma * eps, np.repeat([[mean, -9.0]], 2001, 0)
+        said = specs.noise_said(output, z, level, "prior", DiscretizedNormal(256))
+        assert 10.0 < 0.5 * ((eps - said) ** 2).mean() * 18.3 < 60.0, (mean, x)
     said = specs.noise_said(output, z, level, "prior", ExactNormal())
     assert 0.5 * ((eps - said) ** 2).mean() * 18.3 > 1e5
 

@@ -757,6 +757,42 @@ def test_a_gradient_that_is_none_between_two_that_are_measured(engine: str) -> N
     assert_finite(error.run)
 
 
+@pytest.mark.numpyro
+@pytest.mark.parametrize(("gradient", "clip_norm"), [("overflowing", None), ("infinite", None), ("infinite", 1.0)])
+def test_one_datum_breaks_one_parameter(gradient: str, clip_norm: float | None) -> None:
+    """A finite bound whose gradient overflows when squared stops Adam for good; clipping an infinite one breaks all."""
+    import jax
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+
+    from elbozoo.inference.numpyro_engine import Program
+
+    x = data()
+    x[17, 0] = 7.0
+
+    def model(x: Any) -> None:
+        healthy, broken = (numpyro.param(name, jnp.array(0.3)) for name in ("a_healthy", "broken"))
+        nothing = jnp.where(x[:, 0] == 7.0, broken - jax.lax.stop_gradient(broken), 1.0)
+        with numpyro.plate("data", len(x), dim=-1):
+            z = numpyro.sample("z", dist.Normal(healthy, 1.0))
+            loc = z[..., None] + jnp.where(x[:, :1] == 7.0, steep(nothing)[:, None], 0.0)
+            numpyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def steep(nothing: Any) -> Any:
+        return jnp.sqrt(nothing) if gradient == "infinite" else 1e200 * nothing
+
+    def guide(x: Any) -> None:
+        with numpyro.plate("data", len(x), dim=-1):
+            numpyro.sample("z", dist.Normal(x.mean(-1), 1.0))
+
+    with pytest.raises(NonFinite) as info:
+        settings: dict[str, Any] = {"batch_size": 4, "epochs": 1, "progress": False}
+        fit(Program(model, guide), x, optimizer=Adam(0.01, clip_norm=clip_norm), **settings)
+    assert info.value.site == "broken"
+    assert info.value.step % 10, "a step whose norm is not measured, or this shows nothing"
+
+
 def test_initial_parameters_that_are_not_finite_leave_no_good_state(engine: str, tmp_path: Path) -> None:
     user = getattr(LinearVAE(3, 2, scale=0.5), engine)()
     weights = {n: v.copy() for n, v in linear(engine, epochs=1).weights.items()}

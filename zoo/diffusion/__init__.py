@@ -210,12 +210,13 @@ class DiscretizedNormal(EndLikelihood):
         xp = namespace(mean)
         variance = xp.exp(2.0 * log_scale.clip(-12.0, 12.0))
         surprise = ((read - mean.clip(-1.0, 1.0)) / SURPRISE) ** 2 - variance - xp.exp(0.0 * mean - log_snr)
+        mean = xp.where(surprise > 0.0, mean.clip(-1.0, 1.0), mean)
         return self.rounded(*given(mean, 0.5 * xp.log(variance + surprise.clip(0.0)), read, log_snr))
 
     def rounded(self, mean: Array, scale: Array) -> Array:
         """The mean of ``N(mean, scale^2)`` on the levels alone, of which there are none beyond -1 and 1.
 
-        Where the scale is more than a level's width it is ``mean`` but for these ends.
+        Where the scale is more than a level's width it is ``mean``, cut off at these ends.
         """
         xp, half = namespace(mean), 0.5 * (self.levels - 1)
         level, precision = half * (mean + 1.0), (half * scale).clip(0.01, WIDE) ** -2.0
