@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class State(NamedTuple):
     step: jax.Array
 
 
-REPLICATES: Any = State(0, 0, 0, 0, 0, None)
+REPLICATES = State(*cast(Any, (0, 0, 0, 0, 0, None)))
 """The axes of replicates."""
 
 
@@ -302,7 +302,8 @@ class Trainer:
     def _replicate(self, index: int) -> State:
         if not self.replicated:
             return self.state
-        return State(*jax.tree.map(lambda x: x[index], self.state[:-1]), self.state.step)
+        without: Any = self.state._replace(step=cast(Any, None))
+        return jax.tree.map(lambda x: x[index], without)._replace(step=self.state.step)
 
     def same(self, value: Any) -> Any:
         """``value``: there is one process."""
