@@ -222,7 +222,7 @@ def main(config: Config) -> None:
     if config.smoke:
         config = Config(
             data="digits",
-            layers=(2, 2),  # the second is read from the record, and held against itself
+            layers=(2, 4),
             width=4,
             hidden=2,
             latent_channels=1,

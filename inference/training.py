@@ -475,6 +475,7 @@ class _Loop:
         )
         self.source = source
         steps = config.get("epoch_steps") or source.steps
+        # torch has the norm at once, and stops at the step: there it is measured at each whatever this says
         trainer.norm_every = NORM_EVERY if steps is not None and steps >= NORM_EVERY else 1
         self.first, self.epoch, self.rows = first, 0, [[] for _ in seeds]
         self.phase: list[dict[str, float | int] | None] = [None for _ in seeds]

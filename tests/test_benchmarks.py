@@ -195,3 +195,14 @@ def test_claims_about_minima_are_read_off_the_cells() -> None:
     said = " ".join(_minima_words(cells))
     assert "6 of 30 runs end with the whole latent collapsed: 6 of elbo from the collapsed start." in said
     assert f"From the collapsed start the plain ELBO ends {found[0]:.2f} ± {found[1]:.2f} nats above" in said
+
+
+def test_a_table_has_the_cells_of_models_that_were_asked_for_before() -> None:
+    """A result file that was continued with other models keeps all cells, in the order of the present ones, then theirs."""
+    from elbozoo.benchmarks import tables
+
+    record = json.loads((ROOT / "benchmarks/results/remedies.json").read_text())
+    record["config"]["models"] = ["ladder"]
+    rows = tables.remedies(record).splitlines()[4:]
+    assert [row.split(" | ")[1] for row in rows[:2]] == ["ladder", "ladder"]
+    assert sum(row.startswith("| ") for row in rows) == len(record["cells"])

@@ -48,13 +48,13 @@ def done(tmp_path: Path) -> Grid:
 
 @pytest.mark.numpyro
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the nursery forks")
-def test_a_sweep_killed_again_and_again_has_the_table_of_one_never_killed(tmp_path: Path):
+def test_a_sweep_killed_ten_times_has_the_table_of_one_never_killed(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(TESTS / "sweep.py"), "killed", str(tmp_path), "1", "6"]
+    command = [sys.executable, str(TESTS / "sweep.py"), "killed", str(tmp_path), "1", "10"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
-    assert found["killed"] == [True] * 6
+    assert found["killed"] == [True] * 10
     assert found["codes"] == [0, 0]
     killed, whole = found["figures"]
     assert len(whole) == 31

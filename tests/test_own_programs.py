@@ -106,6 +106,25 @@ def test_a_parameter_a_datum_needs_all_data_at_once(engine: str) -> None:
     np.testing.assert_allclose(run.weights["loc"], X / 2, atol=0.2)  # the exact posterior's means
 
 
+@pytest.mark.numpyro
+def test_a_parameter_a_datum_beside_a_model_of_the_zoo() -> None:
+    """The zoo's own guides are not asked, a guide of the user's is, also where the program says whose model it has."""
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+
+    from elbozoo.inference.numpyro_engine import Program
+
+    def guide(x: Any, size: int | None = None) -> None:
+        loc = numpyro.param("loc", jnp.zeros((len(x), 1)))
+        with numpyro.plate("data", len(x), dim=-1):
+            numpyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    spec = LinearVAE(1, 1)
+    with pytest.raises(InvalidArgument, match="parameter 'loc' must have one shape"):
+        fit(Program(spec.numpyro().model_fn, guide, spec), X[:, None], epochs=1, batch_size=16, progress=False)
+
+
 def test_autoguides(engine: str) -> None:
     lib = library(engine)
 

@@ -136,20 +136,25 @@ class EndLikelihood(Part):
         return x
 
     def expected(self, mean: Array, log_scale: Array, read: Array, log_snr: Array) -> Array:
-        """The signal's mean given ``read ~ N(signal, 1 / snr)``, were the signal ``N(mean, scale^2)``."""
+        """The posterior mean of a signal ``N(mean, scale^2)`` given ``read ~ N(signal, 1 / snr)``, (..., D).
+
+        Args:
+            mean, log_scale: of each entry, before it was seen, (..., D).
+            read: the noised signal over alpha, (..., D).
+            log_snr: of the noise in it, (..., 1).
+        """
         return given(mean, log_scale, read, log_snr)[0]
 
 
 def given(mean: Array, log_scale: Array, read: Array, log_snr: Array) -> tuple[Array, Array]:
-    """Mean and scale of x ~ N(mean, scale^2) given ``read ~ N(x, 1 / snr)``."""
-    log_known = -softplus(log_snr + 2.0 * log_scale)
-    exp = namespace(log_known).exp
-    return read + exp(log_known) * (mean - read), exp(log_scale + 0.5 * log_known)
+    r"""Mean and scale of x ~ N(m, s^2) given ``read ~ N(x, 1 / snr)``.
 
-
-def softplus(x: Array) -> Array:
-    """``log(1 + e^x)``, finite wherever x is."""
-    return namespace(x).logaddexp(x, 0.0 * x)
+    ``read + w (m - read)`` and ``s w^1/2`` with ``w = 1 / (1 + snr s^2)``, the prior's share of the precision.
+    """
+    kept = log_snr + 2.0 * log_scale
+    xp = namespace(kept)
+    log_share = -xp.logaddexp(kept, 0.0 * kept)  # log sigmoid(-kept), never nan
+    return read + xp.exp(log_share) * (mean - read), xp.exp(log_scale + 0.5 * log_share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,10 +207,12 @@ class DiscretizedNormal(EndLikelihood):
         return np.linspace(-1.0, 1.0, self.levels)
 
     def expected(self, mean: Array, log_scale: Array, read: Array, log_snr: Array) -> Array:
-        """The mean over the levels near by, of a prior as wide as it must be for ``read`` to be no surprise.
+        r"""The posterior mean on the levels, of a prior as wide as it must be for ``read`` to be no surprise.
 
-        What the network is sure of and ``read`` contradicts then costs some nats, and not the signal-to-noise ratio's
-        square: ``scale^2`` is what it was said to be up to :data:`SURPRISE` standard deviations.
+        ``sum_k u_k w_k`` with ``w_k ∝ N(u_k; m', s'^2)``, where m' and s' are a normal posterior's (:func:`given`).
+        That prior is ``N(mean, max(scale^2, (read - mean)^2 / SURPRISE^2 - 1 / snr))``: what the network is sure of and
+        ``read`` contradicts costs tens of nats, and not half the signal-to-noise ratio times its square. Where it is
+        widened the mean is within [-1, 1]. Shapes as in the base class.
         """
         xp = namespace(mean)
         variance = xp.exp(2.0 * log_scale.clip(-12.0, 12.0))
@@ -214,11 +221,11 @@ class DiscretizedNormal(EndLikelihood):
         return self.rounded(*given(mean, 0.5 * xp.log(variance + surprise.clip(0.0)), read, log_snr))
 
     def rounded(self, mean: Array, scale: Array) -> Array:
-        """The mean of ``N(mean, scale^2)`` on the levels alone, of which there are none beyond -1 and 1.
+        """``sum_k u_k w_k`` with ``w_k ∝ N(u_k; mean, scale^2)``, of the nearest level and two either side, (..., D).
 
-        Where the scale is more than a level's width it is ``mean``, cut off at these ends.
+        Where the scale is more than :data:`WIDE` of a level's width it is ``mean``, cut off at -1 and 1.
         """
-        xp, half = namespace(mean), 0.5 * (self.levels - 1)
+        xp, half = namespace(mean), 0.5 * (self.levels - 1)  # from here on in widths of a level
         level, precision = half * (mean + 1.0), (half * scale).clip(0.01, WIDE) ** -2.0
         nearest = xp.round(level).clip(0, self.levels - 1)
         total, moved = 1.0, 0.0  # masses beside that of the nearest level, whose logit is the largest
