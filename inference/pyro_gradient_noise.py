@@ -10,7 +10,7 @@ import torch
 
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.pyro_engine import OWN, Loss, Program
-from elbozoo.inference.pyro_trainer import traced
+from elbozoo.inference.pyro_graph import traced
 
 Moments = tuple[float, dict[str, np.ndarray], dict[str, np.ndarray], frozenset[str]]
 

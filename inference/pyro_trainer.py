@@ -16,17 +16,20 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from elbozoo.inference.errors import CorruptFile, ElbozooError, must
+from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.pyro_devices import Together, local
 from elbozoo.inference.pyro_engine import OWN, OwnNumbers, Program, kept_buffers, particle_plate, particles
+from elbozoo.inference.pyro_graph import traced
 from elbozoo.inference.recording import NOBODY, check_amortised, check_counts, first_non_finite, step_metrics
 from elbozoo.inference.weights import frozen_names
+
+STEPS_BEFORE_TRACING = 100
+"""Steps that are run as they are before one is traced; the numbers are the same to the bit."""
 
 
 class Trainer:
@@ -38,7 +41,8 @@ class Trainer:
     With several ``devices`` this is one of as many trainers, each in a process of its own, and the minibatches are
     those of all of them together.
 
-    ``compiled`` is the traced step; None before the first step, and where there is none.
+    ``compiled`` is the traced step; None where there is none, and for the first ``compile_after`` steps: tracing takes
+    as long as it saves in about a hundred.
 
     ``average`` is the parameters' moving average, by name, where the optimiser keeps one.
 
@@ -68,6 +72,7 @@ class Trainer:
         self.device = _device(local(device) if self.together else device)
         self.objective, self.redraw_pixels, self.step = objective, redraw_pixels, 0
         self.compiled: Callable | None = None
+        self.compile_after: float = STEPS_BEFORE_TRACING
         self.data = self.put(data)
         self.cuda = [self.device] if self.device.type == "cuda" else []
         self.batch_size = min(batch_size, len(data[0])) // devices
@@ -95,7 +100,8 @@ class Trainer:
         for module in self.program._modules():
             module.train()
         dropout = any(isinstance(m, _DropoutNd) for module in self.program._modules() for m in module.modules())
-        self.may_compile = program.spec is not None and not dropout  # whose masks a replayed guide must draw again
+        if program.spec is None or dropout:  # whose masks a replayed guide must draw again
+            self.compile_after = math.inf
         tensors = self.program._tensors()
         still = frozen_names((n for n, p in tensors.items() if p.requires_grad), frozen)
         if still and all(n in still for n, p in tensors.items() if p.requires_grad):
@@ -162,9 +168,10 @@ class Trainer:
     def _gradient(self, batch: tuple) -> tuple[dict[str, Any], torch.Tensor]:
         """Put the gradient of one step into the parameters; metrics and the gradient's norm."""
         step, memory = torch.tensor(self.step), self.own.memory
-        if self.may_compile:
+        if self.compile_after <= 0:
             with torch.random.fork_rng(devices=self.cuda), kept_buffers(self.program._modules()):
-                self.compiled, self.may_compile = traced(self._differentiate, step, memory, *batch), False
+                self.compiled, self.compile_after = traced(self._differentiate, step, memory, *batch), math.inf
+        self.compile_after -= 1
         if self.compiled is None:
             metrics, gradients, norm, self.own.memory = self._differentiate(step, memory, *batch)
         else:
@@ -173,10 +180,11 @@ class Trainer:
         if self.together:
             metrics, gradients = self.together.mean(metrics, gradients)
             norm = _norm([g for g in gradients if g is not None])
+        if self.adam is not None and self.adam.clip_norm is not None:  # not in place: two gradients may be one tensor
+            share = (self.adam.clip_norm / norm).clamp(max=1.0)
+            gradients = [None if g is None else g * share for g in gradients]
         for parameter, gradient in zip(self.params.values(), gradients, strict=True):
             parameter.grad = gradient
-        if self.adam is not None and self.adam.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.params.values(), self.adam.clip_norm, norm)
         return metrics, norm
 
     def put(self, data: tuple) -> tuple:
@@ -409,28 +417,6 @@ class Trainer:
         packed["state"] = {i: {k: torch.from_numpy(a.copy()) for k, a in s.items()} for i, s in state.items()}
         self.optimizer.load_state_dict(packed)
         self.rng, self.step = {n: torch.from_numpy(arrays[n].copy()) for n in self.rng}, int(arrays["step"])
-
-
-def traced(step: Callable, *args: Any) -> Callable | None:
-    """``step`` as a straight line of tensor operations on ``args`` alone; None where it cannot be traced.
-
-    Draws that a replayed guide throws away are taken out, so that random numbers are used up as without a trace.
-    """
-    try:
-        traced = make_fx(step)(*args)
-    except ElbozooError:
-        raise
-    except Exception:  # whatever is wrong with the program shows again when it is run as it is
-        return None
-    traced.graph.eliminate_dead_code()
-    for node in reversed(traced.graph.nodes):
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not node.users:
-            fills = node.target._schema.is_mutable  # a new tensor in place; else it makes one
-            if not fills or set(node.args[0].users) == {node}:
-                traced.graph.erase_node(node)
-    traced.graph.eliminate_dead_code()
-    traced.recompile()
-    return traced
 
 
 def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:

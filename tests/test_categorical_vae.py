@@ -140,6 +140,7 @@ def test_a_traced_step_draws_what_pyros_own_distribution_draws() -> None:
     trainer = import_module("elbozoo.inference.pyro_trainer").Trainer(
         TINY.pyro(), ELBO(gradient=GumbelSoftmax()), Adam(), (X,), batch_size=4, seeds=[0], redraw_pixels=False, device=None
     )  # fmt: skip
+    trainer.compile_after = 0
     trainer.epoch(np.arange(4)[None, None])
     assert trainer.compiled is not None
 
@@ -303,6 +304,7 @@ def test_a_traced_step_takes_the_autoregressive_guide() -> None:
     trainer = import_module("elbozoo.inference.pyro_trainer").Trainer(
         AUTOREGRESSIVE.pyro(), IWAE(3, VIMCO()), Adam(), (X,), batch_size=4, seeds=[0], redraw_pixels=False, device=None
     )  # fmt: skip
+    trainer.compile_after = 0
     trainer.epoch(np.arange(4)[None, None])
     assert trainer.compiled is not None
 

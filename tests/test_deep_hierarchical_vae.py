@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -327,7 +328,7 @@ def test_a_torch_step_is_traced(remat: bool) -> None:
     weights, order = [], np.arange(6).reshape(1, 2, 3)
     for traced in (True, False):
         trainer = Trainer(replace(SMALL, remat=remat).pyro(), ELBO(), Adam(0.01), (DATA,), **options)
-        trainer.may_compile = traced
+        trainer.compile_after = 0 if traced else math.inf
         trainer.epoch(order)
         assert (trainer.compiled is not None) == traced
         weights.append(trainer.arrays())

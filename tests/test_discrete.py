@@ -7,6 +7,7 @@ Definitions are worked out in NumPy: enumeration for states, Gauss–Legendre qu
 from __future__ import annotations
 
 import itertools
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -907,7 +908,7 @@ def test_a_traced_step_trains_a_control_variate_as_a_plain_one_does(monkeypatch:
         program = SigmoidBeliefNet(6, (3, 2)).pyro()
         settings = {"batch_size": 8, "seeds": [0], "redraw_pixels": False, "device": None}
         trainer = Trainer(program, IWAE(2, RELAX(network_units=4)), Adam(0.05), (BINARY,), **settings)
-        trainer.may_compile = traced
+        trainer.compile_after = 0 if traced else math.inf
         start = trainer.snapshot()
         trainer.epoch(np.arange(24).reshape(1, 3, 8))
         assert (trainer.compiled is not None) is traced

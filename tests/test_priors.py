@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -498,7 +499,7 @@ def test_a_traced_step_is_the_step_to_the_bit(spec: VAE, objective: Any) -> None
     x, found = standard_sample(30), []
     for traced in (True, False):
         trainer = pyro_trainer(spec.pyro(), objective, x)
-        trainer.may_compile, trainer.redraw_pixels = traced, False
+        trainer.compile_after, trainer.redraw_pixels = 0 if traced else math.inf, False
         trainer.epoch(np.arange(30).reshape(1, 3, 10))
         assert (trainer.compiled is not None) is traced
         found.append(trainer.arrays())

@@ -1,0 +1,127 @@
+"""What is taken out of a traced step changes no number, and what must stay stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.pyro
+torch = pytest.importorskip("torch")
+
+
+def trace(step: Callable, *args: Any) -> Any:
+    from elbozoo.inference.pyro_graph import traced
+
+    module = traced(step, *args)
+    assert module is not None
+    return module
+
+
+def calls(module: Any) -> list[str]:
+    return [str(n.target) for n in module.graph.nodes if n.op == "call_function"]
+
+
+X = torch.tensor([[1.5, -0.0, math.inf], [math.nan, -2.0, 3e-320]])
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: x * 1.0,
+        lambda x: x / 1,
+        lambda x: x - 0.0,
+        lambda x: x**1.0,
+        lambda x: x.detach().expand(2, 3).reshape(2, 3).view(2, 3),
+        lambda x: x.t().t(),
+    ],
+)
+def test_what_gives_its_argument_back_is_left_out(step: Callable) -> None:
+    module = trace(step, X)
+    assert calls(module) == []
+    assert module(X).numpy().tobytes() == step(X).numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("step", "x"),
+    [
+        (lambda x: x + 0.0, X),  # -0.0 becomes 0.0
+        (lambda x: x * 1.0, torch.tensor([1, 2])),  # an integer becomes a real number
+        (lambda x: x.expand(2, 2, 3), X),
+        (lambda x: x.t(), X),
+        (lambda x: torch.sub(x, 0, alpha=2), X),
+        (lambda x: x - 1, X),
+    ],
+)
+def test_what_does_something_stays(step: Callable, x: Any) -> None:
+    module = trace(step, x)
+    assert len(calls(module)) == 1
+    got, wanted = module(x), step(x)
+    assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+    assert got.contiguous().numpy().tobytes() == wanted.contiguous().numpy().tobytes()
+
+
+def test_what_is_done_twice_is_done_once() -> None:
+    module = trace(lambda x: (x.exp() + x.exp(), x.sum(0), x.sum(1), x * 2, x * 2.0), X)
+    assert sorted(calls(module)).count("aten.exp.default") == 1
+    assert len(calls(module)) == 6, "other arguments are others, and 2 is not 2.0"
+    for got, wanted in zip(module(X), (X.exp() + X.exp(), X.sum(0), X.sum(1), X * 2, X * 2.0), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_draws_are_each_drawn() -> None:
+    """And buffers that are filled with them are two."""
+
+    def step(x: Any) -> Any:
+        return torch.empty(3).normal_(), torch.empty(3).normal_(), torch.bernoulli(x), torch.bernoulli(x)
+
+    p = torch.full((50,), 0.5)
+    module = trace(step, p)
+    for run in (module, step):
+        torch.manual_seed(0)
+        one, two, three, four = run(p)
+        assert not torch.equal(one, two)
+        assert not torch.equal(three, four)
+    torch.manual_seed(0)
+    assert torch.equal(one, module(p)[0])
+
+
+def test_what_depends_on_written_numbers_alone_is_computed_once() -> None:
+
+    def step(x: Any) -> Any:
+        return x * torch.tensor(2.0).expand(2, 3).log().neg().sum()
+
+    module = trace(step, X)
+    assert calls(module) == ["aten.mul.Tensor"]
+    for _ in range(2):
+        np.testing.assert_array_equal(module(X), step(X))
+
+
+def test_parameters_and_buffers_are_read_anew() -> None:
+    """They change between steps, so what depends on them is no constant."""
+    weight, buffer = torch.nn.Parameter(torch.ones(3)), torch.ones(3)
+    module = trace(lambda x: x + weight.exp() + buffer.exp(), X)
+    with torch.no_grad():
+        weight.fill_(2.0)
+        buffer.fill_(3.0)
+    np.testing.assert_array_equal(module(X).detach(), X + math.exp(2.0) + math.exp(3.0))
+
+
+def test_a_step_that_writes_into_a_buffer_stays_as_it_is() -> None:
+    buffer = torch.zeros(3)
+
+    def step(x: Any) -> Any:
+        seen = buffer.expand(2, 3)
+        before = seen.exp().sum()
+        buffer.add_(x.sum(0))
+        return before, seen.exp().sum()
+
+    x = torch.ones(2, 3)
+    module = trace(step, x)
+    buffer.zero_()
+    before, after = module(x)
+    assert float(before) == 6.0
+    np.testing.assert_allclose(float(after), 6 * math.exp(2.0), rtol=1e-12)
