@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from math import prod, sqrt
 from typing import Any, cast
@@ -35,12 +35,30 @@ def network(name: str, build: Callable[[nnx.Rngs], nnx.Module]) -> Callable[...,
     """``nnx_module(name, build(rngs))``: the site ``<name>$params``, with the module built inside the program.
 
     Its initial weights come from the ``seed`` handler's key, so that one seed determines them and several seeds can be
-    vmapped. Building costs a little tracing; where the parameters are given, ``jit`` drops the unused initial ones.
-    A module without parameters makes no site.
+    vmapped. Where the parameters are given, the initial ones are not even traced. A module without parameters makes no
+    site.
     """
     key = numpyro.prng_key()
+    blueprint = _blueprint_of(build)
+    if blueprint is not None and numpyro.param(f"{name}$params") is not None:
+        graph, shapes = blueprint
+        return nnx_module(name, nnx.merge(graph, shapes, copy=True))
     module = build(nnx.Rngs(params=jax.random.key(0) if key is None else key))
     return nnx_module(name, module) if jax.tree.leaves(nnx.state(module, nnx.Param)) else cast(Callable, module)
+
+
+def _blueprint_of(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Any] | None:
+    """What a module is without its weights; None where it keeps other numbers too, or has no weights."""
+    if not isinstance(build, partial):
+        return None
+    return _blueprint(build.func, build.args, tuple(build.keywords.items()), jnp.result_type(float))
+
+
+@cache
+def _blueprint(make: Callable, args: tuple, keywords: tuple, dtype: Any) -> tuple[Any, Any] | None:
+    module = nnx.eval_shape(lambda: make(*args, nnx.Rngs(params=0), **dict(keywords)))
+    graph, weights, others = nnx.split(module, nnx.Param, nnx.Not(nnx.Param))
+    return (graph, weights) if jax.tree.leaves(weights) and not jax.tree.leaves(others) else None
 
 
 def linear(num_inputs: int, num_outputs: int, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
