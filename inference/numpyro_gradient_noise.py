@@ -35,7 +35,8 @@ def moments(
     own = {name: value for name, value in free.items() if name in OWN_SITES}
     others = {name: value for name, value in free.items() if name not in OWN_SITES}
     compiled = program.__dict__.setdefault("_compiled", {})  # what a program keeps, and those with other parameters
-    key = ("gradient_noise", objective, num_draws, warm_up)
+    sizes = tuple(a.shape for a in args)  # on which the number of data depends
+    key = ("gradient_noise", objective, num_draws, warm_up, sizes)
     if key not in compiled:
         told = program.with_params({n: v for n, v in params.items() if n not in OWN_SITES}, mutable).outline(args)
         compiled[key] = jax.jit(_drawing(program, objective, transforms, told.num_data, num_draws, warm_up))

@@ -143,3 +143,14 @@ def test_bad_arguments(engine: str) -> None:
     pytest.importorskip({"numpyro": "numpyro", "pyro": "torch"}[engine])
     with pytest.raises(Refused, match="reparameterised"):
         gradient_noise(getattr(SigmoidBeliefNet(6, (4,)), engine)(), np.ones((2, 6)), ELBO(), num_draws=2)
+
+
+def test_a_batch_of_another_size_is_measured_as_if_it_were_the_first(engine: str) -> None:
+    """What is compiled for one knows how many data there are."""
+    x = np.random.default_rng(0).random((8, 3)).round()
+    programs = [getattr(VAE(3, 2, MLP(hidden=(4,))), engine)() for _ in range(2)]
+    gradient_noise(programs[0], x[:2], ELBO(), num_draws=2)
+    found, fresh = (gradient_noise(program, x, ELBO(), num_draws=2) for program in programs)
+    np.testing.assert_allclose(found.bound, fresh.bound, rtol=1e-12)
+    for name, mean in fresh.mean.items():
+        np.testing.assert_allclose(found.mean[name], mean, rtol=1e-10, atol=1e-12)
