@@ -301,7 +301,7 @@ def main(config: Config) -> None:
         small |= {"num_temperatures": 2, "num_chains": 2, "num_posteriors": 3, "num_draws": 20, "num_data": 30}
         small |= {"local_steps": 5, "num_gaps": 0, "num_simulations": 20}
         results = config.results.with_name("smoke_instruments.json")
-        config = replace(config, data="digits", many_particles=(10, 20), results=results, smoke=False, **small)
+        config = replace(config, data="digits", many_particles=(10, 10), results=results, smoke=False, **small)
     record = Record(config.results, __doc__ or "", config, ("numpyro",))
     bench = Bench(config, record)
     names = ("training", "likelihood", "bracket", "gaps", "surgery", "posterior", "optimised_posterior", "cost")

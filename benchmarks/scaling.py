@@ -389,7 +389,7 @@ def grid_of(config: Config) -> Grid:
 def main(config: Config) -> None:
     """Measure what is missing, then write the figures and say which claims held."""
     if config.smoke:
-        small: dict[str, Any] = {"particles": (2,), "batches": (), "latents": (), "depths": (), "replicates": (2,)}
+        small: dict[str, Any] = {"particles": (2,), "batches": (), "latents": (), "depths": (), "replicates": ()}
         small |= {"data": (40,), "data_dim": 6, "hidden": 4, "latent_dim": 2, "batch_size": 10, "repeats": 1}
         small |= {"most_steps": 2, "data_steps": 4, "most_trainers": 1}
         results = config.results.with_name("smoke_scaling.json")

@@ -60,6 +60,9 @@ def simplify(module: GraphModule) -> None:
         if (same := _same(node)) is None and _is_function(node):
             key = (node.target, _hashable(node.args), _hashable(node.kwargs))
             same = seen.setdefault(key, node)
+        handed_out = any(user.op == "output" for user in node.users)
+        if same is not None and handed_out and same.op != "call_function":
+            continue  # whoever gets a result may keep it, so it is no parameter and no argument
         if same is not None and same is not node:
             node.replace_all_uses_with(same)
             module.graph.erase_node(node)

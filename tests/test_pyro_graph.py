@@ -40,9 +40,19 @@ X = torch.tensor([[1.5, -0.0, math.inf], [math.nan, -2.0, 3e-320]])
     ],
 )
 def test_what_gives_its_argument_back_is_left_out(step: Callable) -> None:
-    module = trace(step, X)
-    assert calls(module) == []
-    assert module(X).numpy().tobytes() == step(X).numpy().tobytes()
+    module = trace(lambda x: step(x).neg(), X)
+    assert calls(module) == ["aten.neg.default"]
+    assert module(X).contiguous().numpy().tobytes() == step(X).neg().contiguous().numpy().tobytes()
+
+
+def test_a_result_is_a_tensor_of_its_own() -> None:
+    """Else a gradient might be the parameter that it is to move."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    module = trace(lambda x: (x * 1.0, weight * 1.0), X)
+    for found in module(X):
+        assert found is not X
+        assert found is not weight
+        assert found.untyped_storage().data_ptr() not in {X.data_ptr(), weight.data_ptr()}
 
 
 @pytest.mark.parametrize(
