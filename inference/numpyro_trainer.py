@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -111,32 +110,12 @@ class Trainer:
                     "program", "have a parameter to train", "none", "Add numpyro.param or a network to model or guide"
                 )
             self.state = self._everywhere(self.state)
-        self._settings: tuple | None = None
-        if zoos and getattr(self.whole.model_fn, "spec", None) is program.spec:
-            where = (device, devices, redraw_pixels, frozen, self.replicated)
-            sizes = (self.num_data, self.batch_size)
-            self._settings = (program.spec, program._prefix, self.objective, optimizer, *sizes, *where)
-
-    @cached_property
-    def _functions(self) -> tuple[Any, Any]:
-        """The compiled epoch and held-out bound: of this trainer, or of one before it with the same settings."""
-        bare = copy.copy(self)
-        bare.data, bare.state, bare.whole = (), cast(Any, None), replace(self.whole, params=None, mutable=None)
-        bare.program = replace(self.program, params=None, mutable=None)
-        if self._settings is None:
-            return _jitted(bare)
-        try:
-            return _shared(_Bare((*self._settings, self.norm_every), bare))
-        except TypeError:  # of a setting without a hash
-            return _jitted(bare)
-
-    @property
-    def _run_epoch(self) -> Any:
-        return self._functions[0]
-
-    @property
-    def _run_held_out(self) -> Any:
-        return self._functions[1]
+        epoch, held_out = self._epoch, self._held_out
+        if self.replicated:
+            epoch = jax.vmap(epoch, (REPLICATES, None, 0), (REPLICATES, 0))
+            held_out = jax.vmap(held_out, (REPLICATES, None, None))
+        self._run_epoch = jax.jit(epoch, out_shardings=self.mesh and NamedSharding(self.mesh, PartitionSpec()))
+        self._run_held_out = jax.jit(held_out)
 
     def _on_device(self) -> Any:
         return contextlib.nullcontext() if self.device is None else jax.default_device(self.device)
@@ -367,28 +346,6 @@ class Trainer:
             )
         with self._on_device():
             self.state = self._everywhere(jax.tree_util.tree_unflatten(tree, [jnp.asarray(arrays[n]) for n in names]))
-
-
-@dataclass(frozen=True)
-class _Bare:
-    """A trainer without data and state, known by its settings."""
-
-    settings: tuple
-    trainer: Trainer = field(compare=False)
-
-
-@lru_cache(maxsize=16)
-def _shared(bare: _Bare) -> tuple[Any, Any]:
-    return _jitted(bare.trainer)
-
-
-def _jitted(trainer: Trainer) -> tuple[Any, Any]:
-    epoch, held_out = trainer._epoch, trainer._held_out
-    if trainer.replicated:
-        epoch = jax.vmap(epoch, (REPLICATES, None, 0), (REPLICATES, 0))
-        held_out = jax.vmap(held_out, (REPLICATES, None, None))
-    shardings = trainer.mesh and NamedSharding(trainer.mesh, PartitionSpec())
-    return jax.jit(epoch, out_shardings=shardings), jax.jit(held_out)
 
 
 def _final(state: State) -> Params:

@@ -7,6 +7,7 @@ nothing. What is taken out here changes no number, to the bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import getitem
 from typing import Any
 
 import torch
@@ -57,12 +58,10 @@ def simplify(module: GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if (same := _same(node)) is None and _is_function(node):
+        same = None if _handed_out(node) else _same(node)  # a result is no view of a parameter, if it was none
+        if same is None and _is_function(node):
             key = (node.target, _hashable(node.args), _hashable(node.kwargs))
             same = seen.setdefault(key, node)
-        handed_out = any(user.op == "output" for user in node.users)
-        if same is not None and handed_out and same.op != "call_function":
-            continue  # whoever gets a result may keep it, so it is no parameter and no argument
         if same is not None and same is not node:
             node.replace_all_uses_with(same)
             module.graph.erase_node(node)
@@ -79,12 +78,24 @@ def _same(node: Node) -> Node | None:
     value, was = node.meta.get("val"), first.meta.get("val")
     if not isinstance(value, torch.Tensor) or not isinstance(was, torch.Tensor) or value.dtype != was.dtype:
         return None
-    unchanged = value.shape == was.shape
+    unchanged = value.shape == was.shape and value.stride() == was.stride()  # sums go by strides, in their last bits
     if node.target in ALIASES or (node.target in RESHAPES and unchanged):
         return first
     unit = UNITS.get(node.target)  # type: ignore[arg-type]
     is_number = len(others) == 1 and not node.kwargs and isinstance(others[0], int | float)
-    return first if unit is not None and is_number and others[0] == unit and unchanged else None
+    return (
+        first if unit is not None and is_number and repr(float(others[0])) == repr(float(unit)) and unchanged else None
+    )
+
+
+def _handed_out(node: Node) -> bool:
+    """Whether it, or a view of it, is a result of the step."""
+    return any(user.op == "output" or (_is_view(user) and _handed_out(user)) for user in node.users)
+
+
+def _is_view(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.target is getitem or (schema is not None and any(result.alias_info for result in schema.returns))
 
 
 def _is_function(node: Node) -> bool:
@@ -117,7 +128,7 @@ def _fold(module: GraphModule) -> None:
             if isinstance(value, torch.Tensor) and value.numel() <= LARGEST:
                 known[node] = value
     for i, (node, value) in enumerate(known.items()):
-        if any(user not in known for user in node.users):
+        if any(user not in known for user in node.users) and not _handed_out(node):
             module.register_buffer(name := f"_folded{i}", value)
             with module.graph.inserting_before(node):
                 constant = module.graph.get_attr(name)
@@ -135,9 +146,9 @@ def _forget_unused_draws(graph: Graph) -> None:
 
 
 def _hashable(argument: Any) -> Any:
-    """An argument of a node as a key: 1 and 1.0 are two."""
+    """An argument of a node as a key: 1 and 1.0 are two, and so are 0.0 and -0.0."""
     if isinstance(argument, dict):
         return tuple((k, _hashable(v)) for k, v in argument.items())
     if isinstance(argument, list | tuple):
         return tuple(_hashable(a) for a in argument)
-    return type(argument), argument
+    return type(argument), repr(argument) if isinstance(argument, float) else argument

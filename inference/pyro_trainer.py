@@ -29,7 +29,7 @@ from elbozoo.inference.recording import NOBODY, check_amortised, check_counts, f
 from elbozoo.inference.weights import frozen_names
 
 STEPS_BEFORE_TRACING = 100
-"""Steps that are run as they are before one is traced; the numbers are the same to the bit."""
+"""Steps of a training that are run as they are before one is traced."""
 
 
 class Trainer:
@@ -41,8 +41,9 @@ class Trainer:
     With several ``devices`` this is one of as many trainers, each in a process of its own, and the minibatches are
     those of all of them together.
 
-    ``compiled`` is the traced step; None where there is none, and for the first ``compile_after`` steps: tracing takes
-    as long as it saves in about a hundred.
+    ``compiled`` is the traced step; None where there is none, and before step ``compile_after``: tracing takes as long
+    as it saves in about a hundred. The step counts from the training's beginning, also where it is resumed, for a
+    traced diffusion uses up fewer random numbers.
 
     ``average`` is the parameters' moving average, by name, where the optimiser keeps one.
 
@@ -168,10 +169,9 @@ class Trainer:
     def _gradient(self, batch: tuple) -> tuple[dict[str, Any], torch.Tensor]:
         """Put the gradient of one step into the parameters; metrics and the gradient's norm."""
         step, memory = torch.tensor(self.step), self.own.memory
-        if self.compile_after <= 0:
+        if self.compiled is None and self.step >= self.compile_after:
             with torch.random.fork_rng(devices=self.cuda), kept_buffers(self.program._modules()):
                 self.compiled, self.compile_after = traced(self._differentiate, step, memory, *batch), math.inf
-        self.compile_after -= 1
         if self.compiled is None:
             metrics, gradients, norm, self.own.memory = self._differentiate(step, memory, *batch)
         else:

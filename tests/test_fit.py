@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -441,42 +440,6 @@ def test_nothing_is_traced_again_after_the_first_epoch() -> None:
         counts.append(calls)
     assert counts[0] == counts[1]
     assert len(counts[0]) > 0
-
-
-@pytest.mark.numpyro
-def test_a_training_with_equal_settings_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever its seed, data and length; and one with another setting is not taken for it."""
-    from elbozoo.inference import numpyro_trainer
-
-    def run(**changes: Any) -> Any:
-        spec = changes.pop("spec", GREY_SPEC)
-        options = {"objective": IWAE(2), "batch_size": 30, "epochs": 2, "binarize": "stochastic", "progress": False}
-        return fit(spec.numpyro(), changes.pop("data", GREY), **(options | changes))
-
-    def stub(trainer: Any) -> Any:
-        def epoch(state: Any, data: Any, order: np.ndarray) -> Any:
-            return state, {n: np.zeros(order.shape[:-1]) for n in ("bound", "rate", "distortion", "grad_norm")}
-
-        made.append(trainer)
-        return epoch, None
-
-    made, jitted = [], numpyro_trainer._jitted
-    monkeypatch.setattr(numpyro_trainer, "_jitted", lambda trainer: made.append(trainer) or jitted(trainer))
-    monkeypatch.setattr(numpyro_trainer, "_shared", lru_cache(numpyro_trainer._shared.__wrapped__))
-    first = run()
-    run(data=1.0 - GREY, seed=1)
-    assert same_weights(first.weights, run().weights)
-    assert len(made) == 1
-    assert made[0].data == ()
-    monkeypatch.setattr(numpyro_trainer, "_jitted", stub)
-    others: list[dict[str, Any]] = [
-        {"objective": IWAE(3)}, {"objective": IWAE(2, DReG())}, {"learning_rate": 0.1}, {"batch_size": 45}, {"data": GREY[:60]},
-        {"binarize": "static"}, {"frozen": ("encoder",)}, {"optimizer": Adam(average=0.5)}, {"spec": replace(GREY_SPEC, latent_dim=3)},
-        {"replicates": 2}, {"epoch_steps": 10},
-    ]  # fmt: skip
-    for count, other in enumerate(others, 2):
-        run(**other)
-        assert len(made) == count, other
 
 
 TRACED = (

@@ -327,3 +327,17 @@ def test_training_nears_the_entropy(engine: str, spec: Any) -> None:
     assert found.nll < gaussian - 0.1
     drawn = run.program.predict((x[:200],), prior=True)["observed"]["x"][0]
     assert 0.25 < (drawn.mean(-1) > 0).mean() < 0.75
+
+
+@pytest.mark.pyro
+@pytest.mark.parametrize("epochs", [4, 6])
+def test_resumed_before_and_after_its_step_is_traced_it_is_the_same_to_the_bit(tmp_path: Any, epochs: int) -> None:
+    """A traced diffusion uses up fewer random numbers than one that is run, so the switch has to come where it came."""
+    x = (np.random.default_rng(1).random((100, 3)) > 0.5).astype(float)
+    spec = VariationalDiffusion(data_dim=3, denoiser=MLPDenoiser(units=4))
+    settings: dict[str, Any] = {"batch_size": 5, "progress": False}  # 20 steps an epoch
+    whole = fit(spec.pyro(), x, epochs=7, **settings)
+    fit(spec.pyro(), x, epochs=epochs, directory=tmp_path, **settings)
+    resumed = fit(spec.pyro(), x, epochs=7, directory=tmp_path, resume=True, **settings)
+    for name, weight in whole.weights.items():
+        np.testing.assert_array_equal(resumed.weights[name], weight)

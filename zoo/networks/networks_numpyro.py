@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from math import prod, sqrt
 from typing import Any, cast
@@ -40,22 +40,29 @@ def network(name: str, build: Callable[[nnx.Rngs], nnx.Module]) -> Callable[...,
     """
     key = numpyro.prng_key()
     blueprint = _blueprint_of(build)
-    if blueprint is not None and numpyro.param(f"{name}$params") is not None:
+    if blueprint is not None:
         graph, shapes = blueprint
-        return nnx_module(name, nnx.merge(graph, shapes, copy=True))
+        given = numpyro.param(f"{name}$params")
+        if given is not None and jax.tree.structure(given) == jax.tree.structure(nnx.to_pure_dict(shapes)):
+            return nnx_module(name, nnx.merge(graph, shapes, copy=True))
     module = build(nnx.Rngs(params=jax.random.key(0) if key is None else key))
     return nnx_module(name, module) if jax.tree.leaves(nnx.state(module, nnx.Param)) else cast(Callable, module)
 
 
 def _blueprint_of(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Any] | None:
-    """What a module is without its weights; None where it keeps other numbers too, or has no weights."""
+    """What a module is without its weights; None where it keeps other numbers too, has no weights, or is not known."""
     if not isinstance(build, partial):
         return None
-    return _blueprint(build.func, build.args, tuple(build.keywords.items()), jnp.result_type(float))
+    key = (jnp.result_type(float), tuple(build.keywords.items()), build.func, *build.args)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return _blueprint(*key)
 
 
-@cache
-def _blueprint(make: Callable, args: tuple, keywords: tuple, dtype: Any) -> tuple[Any, Any] | None:
+@lru_cache(maxsize=None, typed=True)
+def _blueprint(dtype: Any, keywords: tuple, make: Callable, *args: Any) -> tuple[Any, Any] | None:
     module = nnx.eval_shape(lambda: make(*args, nnx.Rngs(params=0), **dict(keywords)))
     graph, weights, others = nnx.split(module, nnx.Param, nnx.Not(nnx.Param))
     return (graph, weights) if jax.tree.leaves(weights) and not jax.tree.leaves(others) else None
