@@ -82,10 +82,11 @@ def _same(node: Node) -> Node | None:
     if node.target in ALIASES or (node.target in RESHAPES and unchanged):
         return first
     unit = UNITS.get(node.target)  # type: ignore[arg-type]
-    is_number = len(others) == 1 and not node.kwargs and isinstance(others[0], int | float)
-    return (
-        first if unit is not None and is_number and repr(float(others[0])) == repr(float(unit)) and unchanged else None
-    )
+    if unit is None or not unchanged or node.kwargs or len(others) != 1:
+        return None
+    (other,) = others
+    is_unit = isinstance(other, int | float) and repr(float(other)) == repr(float(unit))  # -0.0 is not 0.0
+    return first if is_unit else None
 
 
 def _handed_out(node: Node) -> bool:
