@@ -6,8 +6,6 @@ steps as fit into one time on one machine, compilation included. Reported of hel
 same by importance sampling where the program has weights (K beside it), rate and distortion. What is called the rate
 of a diffusion is the KL of its chain, and nearly all of its nats: it reconstructs exactly.
 
-A cell keeps to one core with NPROC=1, so that the two data sets can be measured side by side, in some 35 minutes:
-
     python benchmarks/remedies.py --data-dir DIR
 """
 

@@ -43,13 +43,13 @@ def traced(step: Callable, *args: Any) -> Callable | None:
     module.graph.eliminate_dead_code()
     _forget_unused_draws(module.graph)
     if not any(map(_changes_what_others_see, module.graph.nodes)):
-        simplify(module)
+        _simplify(module)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
 
 
-def simplify(module: GraphModule) -> None:
+def _simplify(module: GraphModule) -> None:
     """Take out operations that change nothing, that were done before, or that are of constants alone.
 
     Nothing in the graph may write into a tensor that is read elsewhere.

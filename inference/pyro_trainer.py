@@ -42,7 +42,7 @@ class Trainer:
     those of all of them together.
 
     ``compiled`` is the traced step; None where there is none, and before step ``compile_after``: tracing takes as long
-    as it saves in about a hundred. The step counts from the training's beginning, also where it is resumed, for a
+    as it saves in one or two hundred. The step counts from the training's beginning, also where it is resumed, for a
     traced diffusion uses up fewer random numbers.
 
     ``average`` is the parameters' moving average, by name, where the optimiser keeps one.
@@ -182,7 +182,7 @@ class Trainer:
             norm = _norm([g for g in gradients if g is not None])
         if self.adam is not None and self.adam.clip_norm is not None:  # not in place: two gradients may be one tensor
             share = (self.adam.clip_norm / norm).clamp(max=1.0)
-            gradients = [None if g is None else g * share for g in gradients]
+            gradients = [None if g is None else g * share.to(g.dtype) for g in gradients]
         for parameter, gradient in zip(self.params.values(), gradients, strict=True):
             parameter.grad = gradient
         return metrics, norm

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 pytestmark = pytest.mark.pyro
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="elbozoo[pyro] is not installed; every test here is of torch alone")
 
 
 def trace(step: Callable, *args: Any) -> Any:
@@ -87,7 +87,6 @@ def test_what_does_something_stays(step: Callable, x: Any) -> None:
 
 
 def test_what_is_done_twice_is_done_once() -> None:
-
     def step(x: Any) -> Any:
         return x.exp() + x.exp(), x.sum(0), x.sum(1), x * 2, x * 2.0, x / 0.0, x / -0.0
 
@@ -116,7 +115,6 @@ def test_draws_are_each_drawn() -> None:
 
 
 def test_what_depends_on_written_numbers_alone_is_computed_once() -> None:
-
     def step(x: Any) -> Any:
         return x * torch.tensor(2.0).expand(2, 3).log().neg().sum()
 

@@ -61,7 +61,7 @@ def _blueprint_of(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Any] | 
     return _blueprint(*key)
 
 
-@lru_cache(maxsize=None, typed=True)
+@lru_cache(maxsize=None, typed=True)  # 1, 1.0 and True are three arguments; the dtype is JAX's default at the time
 def _blueprint(dtype: Any, keywords: tuple, make: Callable, *args: Any) -> tuple[Any, Any] | None:
     module = nnx.eval_shape(lambda: make(*args, nnx.Rngs(params=0), **dict(keywords)))
     graph, weights, others = nnx.split(module, nnx.Param, nnx.Not(nnx.Param))
