@@ -3,6 +3,7 @@
 # make lint     ruff and pyright, in the same venv
 # make format   what ruff can put right by itself
 # make arviz1   the tests marked `arviz` under ArviZ 1.x, which needs Python 3.12
+# make venvs    the venvs of all of these, and of ci/; with -j2, two at a time
 #
 # PYTHON=... and PYTHON312=... choose other interpreters, WORKERS=... the number of test processes, and ARGS=... is
 # handed to pytest. A venv is rebuilt only when what it is made from changes.
@@ -28,7 +29,7 @@ WORKERS ?= 2
 SPREAD := --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
-.PHONY: demo test lint format arviz1 clean
+.PHONY: demo test lint format arviz1 venvs clean
 
 demo: .venv-demo/stamp
 	.venv-demo/bin/elbozoo demo
@@ -45,27 +46,33 @@ format: .venv/stamp
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-arviz1:
+venvs: .venv/stamp .venv-demo/stamp .venv-pyro/stamp
+
 ifeq ($(PYTHON312),)
+arviz1:
 	@echo "make arviz1: skipped, for want of Python 3.12. Pass PYTHON312=/path/to/python3.12."
 else
-	@$(MAKE) --no-print-directory .venv-arviz1/stamp PYTHON=$(PYTHON312)
+arviz1: .venv-arviz1/stamp
 	.venv-arviz1/bin/python -m pytest -n $(WORKERS) -m arviz $(ARGS)
+
+venvs: .venv-arviz1/stamp
 endif
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache
 
-# One recipe for every venv; the constraints keep torch at the one build that CI is about.
+# One recipe for every venv; the constraints keep torch at the one build that CI is about. Python compiles a module when
+# it is first imported: all of them at once would be half of the time, and most are never imported.
 VENVS := .venv .venv-demo .venv-pyro .venv-arviz1
 .venv/stamp: EXTRAS := all,dev
 .venv-demo/stamp: EXTRAS := numpyro
 .venv-pyro/stamp: EXTRAS := pyro,test
 .venv-arviz1/stamp: EXTRAS := numpyro,test
+.venv-arviz1/stamp: override PYTHON = $(PYTHON312)
 
 $(VENVS:%=%/stamp): pyproject.toml setup.py ci/constraints.txt
 	@test -n "$(PYTHON)" || { echo "PYTHON must be Python 3.11 or later, with venv; got none. Pass PYTHON=/path/to/python."; exit 1; }
 	@echo "Building $(@D) for elbozoo[$(EXTRAS)] with $(PYTHON)."
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/python -m pip install --quiet --constraint ci/constraints.txt --editable '.[$(EXTRAS)]'
+	$(@D)/bin/python -m pip install --quiet --no-compile --constraint ci/constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -25,6 +25,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from scipy.stats import quantile_test
 
 from elbozoo.inference import ELBO, IWAE, VIMCO, Adam, Objective
 from elbozoo.inference.data import minibatches
@@ -521,10 +522,13 @@ def pythae_trainer(spec: VAE, x: np.ndarray, k: int, batch: int) -> Loop:
 
 
 def rounds(contenders: Mapping[str, Loop], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of one epoch of each contender, in turn, ``repeats`` times after some that do not count."""
+    """Seconds of one epoch of each contender, in turn, ``repeats`` times after some that do not count.
+
+    Every second round goes backwards, so that a machine that grows slower does not favour who comes first.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(repeats + warm_up):
-        for name, run in contenders.items():
+        for name, run in list(contenders.items())[:: -1 if i % 2 else 1]:
             taken = once(run)
             if i >= warm_up:
                 seconds[name].append(taken)
@@ -539,6 +543,16 @@ def once(run: Loop) -> float:
 
 
 def ratio(a: list[float], b: list[float]) -> dict[str, float]:
-    """Median and range of the paired ratios a/b."""
+    """Median and range of the paired ratios a/b; ``low`` to ``high`` hold the median's true value with at least 95%
+    (order statistics, no distribution assumed), and are the range where the rounds are too few for that (below six).
+    """
     ratios = [p / q for p, q in zip(a, b, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    least, most = min(ratios), max(ratios)
+    low, high = quantile_test(ratios, q=1.0, p=0.5).confidence_interval(0.95)
+    return {
+        "median": statistics.median(ratios),
+        "low": float(low) if math.isfinite(low) else least,
+        "high": float(high) if math.isfinite(high) else most,
+        "min": least,
+        "max": most,
+    }

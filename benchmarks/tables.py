@@ -82,7 +82,7 @@ def iwae(record: dict[str, Any]) -> str:
 def overhead(record: dict[str, Any]) -> str:
     """Ratios of epoch times."""
     rows = [
-        [key, name, f"{r['median']:.3f}", f"{r['min']:.3f} – {r['max']:.3f}"]
+        [key, name, f"{r['median']:.3f}", *(f"{r[a]:.3f} – {r[b]:.3f}" for a, b in (("low", "high"), ("min", "max")))]
         for key, c in record["cells"].items()
         for name, r in c["ratios"].items()
     ]
@@ -98,7 +98,7 @@ def overhead(record: dict[str, Any]) -> str:
         if "images_per_second" in c
     ]
     return (
-        table(["", "time of", "median ratio", "range over rounds"], rows)
+        table(["", "time of", "median ratio", "95% interval of it", "range over rounds"], rows)
         + "\n\nImages a second (medians; this machine is shared, so the ratios above are what counts):\n\n"
         + table(["", "fit, NumPyro", "hand-written JAX", "fit, Pyro", "hand-written PyTorch", "pythae"], images)
     )

@@ -1,4 +1,4 @@
-"""Training on JAX: an epoch is one compiled ``lax.scan`` over data on the device, replicates its ``vmap``."""
+"""Training on JAX: an epoch is one compiled ``lax.scan`` over data on the device; replicates share its program."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Trainer:
             what the program is first run on.
         num_data: how many data there are in all, where ``data`` are not all; ``math.inf`` where nobody can tell.
         batch_size: data a minibatch.
-        seeds: one seed a replicate. With one seed nothing is vmapped.
+        seeds: one seed a replicate.
         frozen: beginnings of the names of weights that stay as they are.
         devices: over how many devices each minibatch is spread; parameters, data and noise are those of one.
     """
@@ -112,7 +112,8 @@ class Trainer:
             self.state = self._everywhere(self.state)
         epoch, held_out = self._epoch, self._held_out
         if self.replicated:
-            epoch = jax.vmap(epoch, (REPLICATES, None, 0), (REPLICATES, 0))
+            together = jax.vmap(epoch, (REPLICATES, None, 0), (REPLICATES, 0))
+            epoch = self._in_turn if _platform(self.device) == "cpu" else together
             held_out = jax.vmap(held_out, (REPLICATES, None, None))
         self._run_epoch = jax.jit(epoch, out_shardings=self.mesh and NamedSharding(self.mesh, PartitionSpec()))
         self._run_held_out = jax.jit(held_out)
@@ -215,6 +216,15 @@ class Trainer:
     def _epoch(self, state: State, data: tuple, order: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         return jax.lax.scan(partial(self._step, data), state, order)
 
+    def _in_turn(self, state: State, data: tuple, order: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        """An epoch of each replicate, one after another: on a CPU batched matrix products cost more than they save."""
+
+        def epoch(replicate: tuple[State, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
+            return self._epoch(replicate[0]._replace(step=state.step), data, replicate[1])
+
+        states, metrics = jax.lax.map(epoch, (state._replace(step=cast(Any, None)), order))
+        return states._replace(step=states.step[0]), metrics
+
     def _held_out(self, state: State, batch: tuple, salt: jax.Array) -> jax.Array:
         key = random.fold_in(random.fold_in(state.key, 2**31 - 1), salt)
         terms, _ = self._terms(_final(state), state.mutable, batch, key, state.step)
@@ -267,11 +277,10 @@ class Trainer:
 
         Or of which the optimiser keeps a number that is not: a square that overflowed stops Adam for good.
         """
-        for replicate in range(self._count):
-            state = self._replicate(replicate)
-            if name := _non_finite(state.params) or _non_finite(_kept_of(state.optimizer, state.params)):
-                return name, replicate
-        return None
+        if not _bad(self.state):  # all replicates at once: to cut one out takes as long as many steps
+            return None
+        names = (_bad(self._replicate(replicate)) for replicate in range(self._count))
+        return next((name, replicate) for replicate, name in enumerate(names) if name)
 
     def blame(self, index: np.ndarray) -> tuple[str, int]:
         """What the next step would make non-finite: the site, else the parameter by its gradient; and the replicate.
@@ -358,6 +367,11 @@ def _norm(tree: Any) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
 
 
+def _bad(state: State) -> str:
+    """Name of the first parameter that is not finite, or of which the optimiser keeps what is not; empty if none."""
+    return _non_finite(state.params) or _non_finite(_kept_of(state.optimizer, state.params))
+
+
 def _non_finite(params: Params) -> str:
     """Name of the first site with a non-finite leaf; empty if none."""
     bad = (n for n, v in params.items() if not all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(v)))
@@ -381,6 +395,10 @@ def _mesh(name: str | None, count: int) -> Mesh:
         todo = f"Pass devices={len(found)}, or make more of them visible"
         raise must("devices", f"be at most the {len(found)} that JAX sees here", count, todo)
     return Mesh(np.array(found[:count]), ("data",))
+
+
+def _platform(device: Any) -> str:
+    return (device or jnp.zeros(()).device).platform
 
 
 def _device(name: str | None) -> Any:

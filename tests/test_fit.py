@@ -546,6 +546,21 @@ def test_replicates_are_single_runs_with_the_next_seeds(engine: str, binarize: s
     assert not same_weights(together[0].weights, together[1].weights)
 
 
+@pytest.mark.numpyro
+def test_replicates_go_together_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There one program steps them all; here, on a CPU, they take turns in it. The same runs come out."""
+    from elbozoo.inference import numpyro_trainer
+
+    options = {"optimizer": Adam(skip_norm=2.0, average=0.7), "batch_size": 30, "epochs": 2, "progress": False}
+    in_turn = fit(GREY_SPEC.numpyro(), GREY, binarize="stochastic", replicates=2, **options)
+    monkeypatch.setattr(numpyro_trainer, "_platform", lambda device: "gpu")
+    monkeypatch.delattr(numpyro_trainer.Trainer, "_in_turn", raising=True)
+    together = fit(GREY_SPEC.numpyro(), GREY, binarize="stochastic", replicates=2, **options)
+    for one, other in zip(in_turn, together, strict=True):
+        for name, value in one.weights.items():
+            np.testing.assert_allclose(other.weights[name], value, rtol=0.0, atol=1e-8, err_msg=name)
+
+
 def test_one_replicate_is_a_list_of_one(engine: str) -> None:
     (run,) = quick(engine, replicates=1)
     assert same_weights(run.weights, quick(engine).weights)

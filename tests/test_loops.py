@@ -97,3 +97,19 @@ def test_sbn_losses_have_vimcos_gradient() -> None:
             theirs = expected[f"{part}.0.layers.0.{('weight', 'bias')[i]}"]
             np.testing.assert_allclose(jaxs, theirs, atol=1e-10)
             np.testing.assert_allclose(torchs, theirs, atol=1e-10)
+
+
+def test_the_interval_of_a_ratio_is_of_order_statistics() -> None:
+    """Of nine values the second and the eighth hold the median with 1 - 2 · (1 + 9) / 2^9 = 96%; of five none do."""
+    values = [5.0, 1.0, 9.0, 3.0, 7.0, 2.0, 8.0, 4.0, 6.0]
+    found = loops.ratio([2.0 * v for v in values], [2.0] * 9)
+    assert found == {"median": 5.0, "low": 2.0, "high": 8.0, "min": 1.0, "max": 9.0}
+    few = loops.ratio(values[:5], [1.0] * 5)
+    assert (few["low"], few["high"]) == (few["min"], few["max"]) == (1.0, 9.0)
+
+
+def test_every_second_round_goes_backwards() -> None:
+    order: list[str] = []
+    seconds = loops.rounds({name: lambda name=name: order.append(name) for name in "abc"}, repeats=2, warm_up=1)
+    assert "".join(order) == "abccbaabc"
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 2, "b": 2, "c": 2}
