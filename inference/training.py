@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -192,13 +192,17 @@ def objective_from_config(config: Mapping[str, Any]) -> Any:
 def environment(engine: str) -> dict[str, str]:
     """Versions of everything that a figure may depend on."""
     names = ["numpy", *(["torch", "pyro-ppl"] if engine == "pyro" else ["jax", "numpyro", "flax", "optax"])]
-    found = {"elbozoo": __version__}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # pragma: no cover
-            continue
-    return found
+    found = {"elbozoo": __version__, **{name: _version(name) for name in names}}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+@cache
+def _version(name: str) -> str | None:
+    """Looked up once: it takes as long as many steps of a small model, and cannot change in a process."""
+    try:
+        return version(name)
+    except PackageNotFoundError:  # pragma: no cover
+        return None
 
 
 # --- fit --------------------------------------------------------------------------------------------------------
