@@ -1,7 +1,7 @@
 """Every estimator's mean gradient against the exact gradient of its bound's expectation, in both engines.
 
 Exact: Gauss–Hermite quadrature or enumeration in NumPy, differentiated by central differences (``oracles.py``).
-Estimated: the drop-in ``Loss`` of each engine on ``DRAWS`` independent gradients. A row passes when every component agrees
+Estimated: the drop-in ``Loss`` of each engine on ``DRAWS`` independent gradients, or as many of them as have the power. A row passes when every component agrees
 within 4.5 standard errors, and only if it had the power to fail: a bias of ``LIMIT`` of the gradient's norm (the model's
 and the guide's parameters apart) on any single component would have been seen at that threshold.
 """
@@ -37,6 +37,8 @@ from elbozoo.inference.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, O
 from elbozoo.inference.shapes import Beta
 
 DRAWS = 200_000
+PARTS = 8
+"""Of the draws, at most."""
 SIGMAS = 4.5
 LIMIT = {"REBAR": 0.06, "RELAX": 0.06, "Score": 0.04, "ARM": 0.04, "NVIL": 0.04, "": 0.025}
 
@@ -135,9 +137,9 @@ TABLES = [
         [Row(IWAE(2, STL()), oracles.iwae, 2), Row(Renyi(0.3, 2, STL()), oracles.renyi(0.3), 2)],
         {1: 40, 2: 40, 4: 16},
     ),
-    Table(TOP_DOWN, _GAUSSIAN, [Row(IWAE(2, STL()), oracles.iwae, 2)], {1: 30, 2: 16}),
-    Table(BOTTOM_UP, [_GAUSSIAN[i] for i in (0, 1, 2, 4)], [Row(IWAE(2, STL()), oracles.iwae, 2)], {1: 30, 2: 16}),
-    Table(LADDER, _GAUSSIAN[:6], [], {1: 16, 2: 8}),
+    Table(TOP_DOWN, _GAUSSIAN, [Row(IWAE(2, STL()), oracles.iwae, 2)], {1: 30, 2: 16}, "last"),
+    Table(BOTTOM_UP, [_GAUSSIAN[i] for i in (0, 1, 2, 4)], [Row(IWAE(2, STL()), oracles.iwae, 2)], {1: 30, 2: 16}, "last"),
+    Table(LADDER, _GAUSSIAN[:6], [], {1: 16, 2: 8}, "last"),
     Table(DISCRETE, [*_SCORED, Row(ELBO(2, Enumerate()), oracles.elbo, 1)], [], {1: 1, 2: 1, 4: 1}),
     Table(ONE_HOT, [*_SCORED[1:3], *_BERNOULLI[4:10]], [], {1: 1, 2: 1}, "last"),
     Table(DISCRETE_FIRST, [*_SCORED[1:4], *_BERNOULLI], [], {1: 40, 2: 24, 4: 10}, "last"),
@@ -166,11 +168,42 @@ def gradient_in(row: Row) -> Any:
     return getattr(row.objective, "objective", row.objective).gradient
 
 
+Estimate = dict[str, tuple[float, float]]
+"""Mean and standard error of a gradient's components."""
+
+
+def estimated(engine: str, table: int, row: Row) -> Estimate:
+    return together(table)[str(row)] if engine == "numpyro" else in_parts(table, row)
+
+
 @cache
-def estimated(engine: str, table: int) -> dict[str, dict[str, tuple[float, float]]]:
-    rows = rows_of(engine, TABLES[table])
-    found = oracles.estimates(engine, TABLES[table].toy, [row.objective for row in rows], DRAWS, seed=1)
+def together(table: int) -> dict[str, Estimate]:
+    """In NumPyro, which compiles the rows of a table as one program."""
+    rows = rows_of("numpyro", TABLES[table])
+    found = oracles.estimates("numpyro", TABLES[table].toy, [row.objective for row in rows], DRAWS, seed=1)
     return {str(row): estimate for row, estimate in zip(rows, found, strict=True)}
+
+
+def in_parts(table: int, row: Row) -> Estimate:
+    """In Pyro: a part of the draws after another, until their standard errors, whatever their means, have the power."""
+    parts: list[Estimate] = []
+    while len(parts) < PARTS:
+        parts += oracles.estimates("pyro", TABLES[table].toy, [row.objective], DRAWS // PARTS, seed=len(parts))
+        means, errors = ({n: np.array([part[n][i] for part in parts]) for n in parts[0]} for i in (0, 1))
+        found = {n: (float(means[n].mean()), float(np.sqrt((errors[n] ** 2).sum()) / len(parts))) for n in means}
+        if row not in TABLES[table].biased and has_power(table, row, found):
+            break
+    return found
+
+
+def has_power(table: int, row: Row, estimate: Estimate) -> bool:
+    """Whether a bias of the limit on any component would be seen."""
+    norm = norms(TABLES[table].toy, exact_gradient(table, row))
+    return all(SIGMAS * estimate[name][1] < limit_of(row) * norm[name] for name in norm)
+
+
+def limit_of(row: Row) -> float:
+    return next(share for kind, share in LIMIT.items() if kind in str(row))
 
 
 @cache
@@ -205,20 +238,18 @@ def cases(kind: str) -> list[Any]:
 @pytest.mark.parametrize(("engine", "table", "row"), cases("rows"))
 def test_unbiased(engine: str, table: int, row: Row) -> None:
     toy = TABLES[table].toy
-    truth, estimate = exact_gradient(table, row), estimated(engine, table)[str(row)]
+    truth, estimate = exact_gradient(table, row), estimated(engine, table, row)
     assert set(estimate) == set(toy.params), "every parameter must get a gradient"
-    norm = norms(toy, truth)
-    limit = next(share for kind, share in LIMIT.items() if kind in str(row))
     for name, (mean, error) in estimate.items():
         assert abs(mean - truth[name]) < SIGMAS * error + 1e-7, f"{name}: {mean} ± {error}, exactly {truth[name]}"
-        assert SIGMAS * error < limit * norm[name], f"{name}: no power, ± {error} for a gradient of norm {norm[name]}"
+    assert has_power(table, row, estimate), f"no power: {estimate} for {truth}"
 
 
 @pytest.mark.parametrize(("engine", "table", "row"), cases("biased"))
 def test_sticking_the_landing_is_biased_beyond_the_elbo(engine: str, table: int, row: Row) -> None:
     """Documented, not hidden: it estimates the derivative with log q held, and that is another gradient."""
     toy = TABLES[table].toy
-    truth, estimate = exact_gradient(table, row), estimated(engine, table)[str(row)]
+    truth, estimate = exact_gradient(table, row), estimated(engine, table, row)
     stl = toy.stl_gradient(row.bound, 2, TABLES[table].num_nodes[2])
     for name in toy.guide_names:
         mean, error = estimate[name]
