@@ -548,7 +548,7 @@ def ratio(a: list[float], b: list[float]) -> dict[str, float]:
     """
     ratios = [p / q for p, q in zip(a, b, strict=True)]
     least, most = min(ratios), max(ratios)
-    low, high = quantile_test(ratios, q=1.0, p=0.5).confidence_interval(0.95)
+    low, high = quantile_test(ratios, q=1, p=0.5).confidence_interval(0.95)
     return {
         "median": statistics.median(ratios),
         "low": float(low) if math.isfinite(low) else least,

@@ -398,7 +398,8 @@ def _mesh(name: str | None, count: int) -> Mesh:
 
 
 def _platform(device: Any) -> str:
-    return (device or jnp.zeros(()).device).platform
+    """Of a device, or of the one that arrays are made on by default."""
+    return (device or next(iter(jnp.zeros(()).devices()))).platform
 
 
 def _device(name: str | None) -> Any:

@@ -279,7 +279,7 @@ def fit(
         binarize: for grey pixels under a Bernoulli: "stochastic" redraws every pixel at every step with the pixel as
             mean; "static" draws once, the same whatever the seed; "threshold" cuts at ½.
         replicates: train this many seeds (``seed``, ``seed + 1``, …); the result is a list of runs. On JAX they are
-            one vectorised program.
+            one compiled program, in which they take turns on a CPU and go side by side on an accelerator.
         early_stopping: stop when the held-out bound has not risen for this many epochs (needs ``valid``; not with
             replicates).
         max_seconds: stop after the epoch in which the epochs have taken so long (the first one compiles): for comparing
