@@ -542,17 +542,17 @@ def once(run: Loop) -> float:
     return time.perf_counter() - start
 
 
-def ratio(a: list[float], b: list[float]) -> dict[str, float]:
-    """Median and range of the paired ratios a/b; ``low`` to ``high`` hold the median's true value with at least 95%
-    (order statistics, no distribution assumed), and are the range where the rounds are too few for that (below six).
+def ratio(a: list[float], b: list[float]) -> dict[str, float | None]:
+    """Median and range of the paired ratios a/b; ``low`` to ``high`` hold the median's true value with at least 95%, if
+    rounds are independent (order statistics, no distribution assumed), and are None of fewer than six rounds.
     """
     ratios = [p / q for p, q in zip(a, b, strict=True)]
     least, most = min(ratios), max(ratios)
     low, high = quantile_test(ratios, q=1, p=0.5).confidence_interval(0.95)
     return {
         "median": statistics.median(ratios),
-        "low": float(low) if math.isfinite(low) else least,
-        "high": float(high) if math.isfinite(high) else most,
+        "low": float(low) if math.isfinite(low) else None,
+        "high": float(high) if math.isfinite(high) else None,
         "min": least,
         "max": most,
     }

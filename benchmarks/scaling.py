@@ -152,7 +152,7 @@ def steps_of(config: Config, at: Point, seconds: float) -> int:
     """
     weights = sum(a * b for sizes in sizes_of(at.spec).values() for s in sizes for a, b in itertools.pairwise(s))
     step = 5e-4 + 6 * weights * at.particles * at.batch * at.replicates / 2e10
-    least = config.least_steps * (5 if at.replicates > 1 else 1)  # an epoch looks at every replicate's parameters
+    least = config.least_steps * (5 if at.replicates > 1 else 1)  # what an epoch costs beside its steps
     return min(config.most_steps, max(1, round(seconds / step), round(min(least, config.longest / step))))
 
 
@@ -245,7 +245,7 @@ def by_size(at: Point, steps: int) -> Contest:
 
 
 def by_replicates(config: Config, at: Point, steps: int) -> Contest:
-    """Several seeds at once against as many runs of one; the bytes are the temporaries of the whole vectorised loop."""
+    """Several seeds at once against as many runs of one; the bytes are the temporaries of the whole loop."""
     x, k, count = pixels(at.batch * steps, at.spec.data_dim), at.particles, at.replicates
     together = loop_of("numpyro", at.spec, x, k, at.batch, None, list(range(count)))
     loops = {

@@ -79,10 +79,14 @@ def iwae(record: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def _span(ratio: dict[str, float | None], low: str, high: str) -> str:
+    return "too few rounds" if ratio[low] is None else f"{ratio[low]:.3f} – {ratio[high]:.3f}"
+
+
 def overhead(record: dict[str, Any]) -> str:
     """Ratios of epoch times."""
     rows = [
-        [key, name, f"{r['median']:.3f}", *(f"{r[a]:.3f} – {r[b]:.3f}" for a, b in (("low", "high"), ("min", "max")))]
+        [key, name, f"{r['median']:.3f}", *(_span(r, *ends) for ends in (("low", "high"), ("min", "max")))]
         for key, c in record["cells"].items()
         for name, r in c["ratios"].items()
     ]

@@ -81,6 +81,43 @@ def test_published_tables_are_printed() -> None:
         assert " ".join(paper.command.split()) in said
 
 
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "good", "decided"),
+    [
+        (1.0, 0.9, 1.04, True, True),
+        (1.0, 0.9, 1.1, True, False),
+        (1.1, 1.0, 1.2, False, False),
+        (1.2, 1.1, 1.3, False, True),
+    ],
+)
+def test_a_target_within_the_interval_is_undecided(
+    ratio: float, low: float, high: float, good: bool, decided: bool
+) -> None:
+    from elbozoo.benchmarks.overhead import verdict_of
+
+    claim, held = verdict_of("numpyro / hand-written JAX", {"median": ratio, "low": low, "high": high})
+    assert held == good
+    assert ("by the median alone" not in claim) == decided
+    claim, held = verdict_of("pythae / numpyro", {"median": 2 * ratio, "low": None, "high": None})
+    assert held == (2 * ratio >= 2.0)
+    assert claim.endswith("target 2.0")
+
+
+def test_claims_about_depth_are_read_off_the_cells() -> None:
+    from elbozoo.benchmarks.depth import claims
+
+    def cell(seconds: float, memory: float, bits: float) -> dict[str, Any]:
+        costs = {"compile_processor_seconds": seconds, "step_processor_seconds": seconds, "temporary_bytes": memory}
+        return {**costs, "bits_of_image": [bits, bits + 0.1, bits - 0.1]}
+
+    good = {"trained-2": cell(1.0, 10, 3.0), "recomputed-2": cell(1.0, 9, 3.0)}
+    good |= {"trained-8": cell(1.5, 40, 2.0), "recomputed-8": cell(1.5, 17, 2.0)}
+    assert list(claims(good, (2, 8)).values()) == [True] * 6
+    bad = {"trained-2": cell(1.0, 10, 2.0), "recomputed-2": cell(1.0, 11, 2.0)}
+    bad |= {"trained-8": cell(4.5, 40, 2.0), "recomputed-8": cell(4.5, 41, 2.0)}
+    assert list(claims(bad, (2, 8)).values()) == [False] * 6
+
+
 @pytest.mark.parametrize("index", range(5))
 def test_every_published_table_has_its_script_and_whole_protocol(index: int) -> None:
     import tyro

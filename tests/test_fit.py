@@ -535,9 +535,9 @@ def test_replicates_are_single_runs_with_the_next_seeds(engine: str, binarize: s
     for r, run in enumerate(together):
         alone = fit(user, GREY, seed=5 + r, **options)
         assert run.config["seed"] == 5 + r
-        tolerance = {"rtol": 0.0, "atol": 0.0 if engine == "pyro" else 1e-8}
+        tolerance = {"rtol": 0.0, "atol": 0.0 if engine == "pyro" else 1e-8}  # held-out data go through all at once
         for name, value in alone.weights.items():
-            np.testing.assert_allclose(run.weights[name], value, err_msg=name, **tolerance)
+            np.testing.assert_array_equal(run.weights[name], value, err_msg=name)  # on a CPU they take turns
         for row, other in zip(run.history, alone.history, strict=True):
             assert row.keys() == other.keys()
             np.testing.assert_allclose(

@@ -337,12 +337,15 @@ def test_resumed_before_and_after_its_step_is_traced_it_is_the_same_to_the_bit(
     """A traced diffusion uses up fewer random numbers than one that is run, so the switch has to come where it came."""
     from elbozoo.inference import pyro_trainer
 
+    traced, calls = pyro_trainer.traced, []
     monkeypatch.setattr(pyro_trainer, "STEPS_BEFORE_TRACING", 10)
+    monkeypatch.setattr(pyro_trainer, "traced", lambda *args: calls.append(args) or traced(*args))
     x = (np.random.default_rng(1).random((100, 3)) > 0.5).astype(float)
     spec = VariationalDiffusion(data_dim=3, denoiser=MLPDenoiser(units=4))
     settings: dict[str, Any] = {"batch_size": 20, "progress": False}  # 5 steps an epoch
     whole = fit(spec.pyro(), x, epochs=4, **settings)
     fit(spec.pyro(), x, epochs=epochs, directory=tmp_path, **settings)
     resumed = fit(spec.pyro(), x, epochs=4, directory=tmp_path, resume=True, **settings)
+    assert len(calls) == (2 if epochs == 1 else 3), "whole and resumed, and the first part where it is long enough"
     for name, weight in whole.weights.items():
         np.testing.assert_array_equal(resumed.weights[name], weight)
