@@ -37,6 +37,7 @@ from elbozoo.inference import (
     RWS,
     VIMCO,
     Adam,
+    DataMean,
     DisARM,
     GumbelSoftmax,
     Objective,
@@ -146,6 +147,7 @@ def measure(config: Config, name: str, estimator: str) -> dict[str, Any]:
         batch_size=config.batch_size,
         optimizer=Adam(config.learning_rate, clip_norm=config.clip_norm),
         binarize="static",
+        start=DataMean(),
     )
     trained = time.perf_counter()
     found = evaluate(run.program, run.prepare(test)[0], num_particles=config.num_particles)

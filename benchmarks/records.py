@@ -29,6 +29,16 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
 
 
+def accelerator(engines: tuple[str, ...]) -> str | None:
+    """The kind of device that the engines' arrays are made on by default, where it is no CPU."""
+    if "numpyro" in engines:
+        import jax
+
+        kinds = {d.device_kind for d in jax.devices() if d.platform != "cpu"}
+        return ", ".join(sorted(kinds)) or None
+    return None
+
+
 @contextmanager
 def compiled_once() -> Iterator[None]:
     """Inside, what JAX compiles is kept for later cells of the same program, though each of them makes it anew.
@@ -64,7 +74,8 @@ def versions_of(engines: tuple[str, ...]) -> dict[str, str]:
 
 def about(question: str, config: Any, engines: tuple[str, ...]) -> dict[str, Any]:
     """The head of a result file: the first paragraph of ``question``, the settings, the versions and the machine."""
-    facts = {"config": settings_of(config), "versions": versions_of(engines), "machine": machine()}
+    on = machine() | {"accelerator": accelerator(engines)}
+    facts = {"config": settings_of(config), "versions": versions_of(engines), "machine": on}
     return {"question": " ".join(question.split("\n\n")[0].split()), **json.loads(json.dumps(facts))}
 
 

@@ -36,7 +36,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def _setting(record: dict[str, Any]) -> str:
     machine, versions = record["machine"], record["versions"]
-    return f"{machine['cpu']}, {machine['cores']} cores; " + ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
+    where = ", ".join(filter(None, (machine.get("accelerator"), machine["cpu"], f"{machine['cores']} cores")))
+    return f"{where}; " + ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
 
 
 def _checks(record: dict[str, Any]) -> str:
@@ -1020,6 +1021,7 @@ def page() -> str:
             record["question"],
             writer(record),
             _checks(record),
+            record.get("note", ""),
             f"*{_setting(record)}*",
         ]
     return "\n\n".join(p for p in parts if p) + "\n"

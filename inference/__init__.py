@@ -42,7 +42,7 @@ from elbozoo.inference.shapes import (
     Shape,
     SimpleLoss,
 )
-from elbozoo.inference.starts import PPCA, Collapsed, FirstStage, Informative, Start
+from elbozoo.inference.starts import PPCA, Collapsed, DataMean, FirstStage, Informative, Start
 from elbozoo.inference.suboptimality import Gaps, gaps, optimise_guide
 from elbozoo.inference.terms import Site, Terms
 from elbozoo.inference.training import Run, fit
@@ -78,6 +78,7 @@ __all__ = [
     "Course",
     "Covariance",
     "DReG",
+    "DataMean",
     "Diagnosis",
     "DisARM",
     "ElbozooError",

@@ -1100,7 +1100,8 @@ class Program:
 
             cache[key] = jax.jit(compute)
         given = None if values is None else dict(values)
-        return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args, given))
+        with jax.default_matmul_precision("float32"):  # a GPU's own choice keeps ten bits of each factor
+            return jax.tree.map(np.asarray, cache[key](seed, self._all_params(), args, given))
 
     def log_density(self, values: Mapping[str, np.ndarray], args: tuple) -> np.ndarray:
         """``log p(x, z)`` of the whole data ``args`` at latents ``(K, …)``, scales included, ``(K,)``, nats.
@@ -1121,7 +1122,8 @@ class Program:
                 return jax.lax.map(one, values)
 
             cache["log_density"] = jax.jit(compute)
-        return np.asarray(cache["log_density"](self._all_params(), dict(values), args))
+        with jax.default_matmul_precision("float32"):
+            return np.asarray(cache["log_density"](self._all_params(), dict(values), args))
 
     def localised(self, args: tuple, full_covariance: bool = False) -> Program:
         """This program with constant parameters and a guide that is optimised for each datum of ``args`` by itself.

@@ -22,7 +22,7 @@ from elbozoo.inference.numpyro_engine import MEMORY, OWN_SITES, Params, Program,
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.recording import NOBODY, check_amortised, check_counts, first_non_finite, step_metrics
-from elbozoo.inference.weights import frozen_mask
+from elbozoo.inference.weights import frozen_mask, with_values
 
 
 class State(NamedTuple):
@@ -262,15 +262,27 @@ class Trainer:
         """Go back to a snapshot."""
         self.state = snapshot
 
+    def begin_at(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Begin at these weights, in torch's names and layouts, in every replicate; the others stay as they are."""
+        own = {n: v for n, v in self._constrain(self.state.params).items() if n not in OWN_SITES}
+        with self._on_device():
+            moved = jax.tree.map(jnp.asarray, with_values(own, self.program._prefix, weights))
+            self._start_from(self.state.params | {n: self.transforms[n].inv(v) for n, v in moved.items()})
+
     def adopt(self, other: Trainer) -> None:
         """Begin at the parameters of another trainer of as many replicates; the optimiser starts anew."""
         params = {n: other.state.params.get(n, v) for n, v in self.state.params.items()}
         mutable = {n: other.state.mutable.get(n, v) for n, v in self.state.mutable.items()}
+        self.state = self.state._replace(mutable=mutable)
+        self._start_from(params)
+
+    def _start_from(self, params: Params) -> None:
+        """Begin at these (unconstrained) parameters; the optimiser starts anew."""
         init = jax.vmap(self.optimizer.init) if self.replicated else self.optimizer.init
         average = None if self.adam.average is None else params
         with self._on_device():
-            optimizer = self._everywhere(jax.jit(init)(params))
-        self.state = self.state._replace(params=params, average=average, optimizer=optimizer, mutable=mutable)
+            params, optimizer = self._everywhere((params, jax.jit(init)(params)))
+        self.state = self.state._replace(params=params, average=average, optimizer=optimizer)
 
     def bad_parameter(self) -> tuple[str, int] | None:
         """The first parameter that is not finite, and its replicate; None when all are.

@@ -205,7 +205,7 @@ def _density(fn: Any, value: torch.Tensor) -> torch.Tensor:
             shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
             return value.new_zeros(shape)
         log_prob = _density(fn.base_dist, value)
-        return torch.where(torch.as_tensor(fn._mask), log_prob, log_prob.new_zeros(()))
+        return torch.where(torch.as_tensor(fn._mask, device=log_prob.device), log_prob, log_prob.new_zeros(()))
     if isinstance(fn, dist.OneHotCategorical) and not fn._validate_args:
         return (value * fn.logits.clamp(min=torch.finfo(value.dtype).min)).sum(dim=-1)
     return fn.log_prob(value)
@@ -281,7 +281,10 @@ def _marginalised(
 
     def log_probs(index: int) -> dict[str, torch.Tensor]:
         drawn = {
-            n: (0 * samples[n]["value"] + torch.as_tensor(v[index])).to(samples[n]["value"]) for n, v in states.items()
+            n: (0 * samples[n]["value"] + torch.as_tensor(v[index], device=samples[n]["value"].device)).to(
+                samples[n]["value"]
+            )
+            for n, v in states.items()
         }
         with poutine.block(), kept_buffers(owners(model)), _Replay({**given, **drawn}):
             found = _samples(poutine.trace(model).get_trace(*args, **kwargs))
@@ -314,7 +317,7 @@ def _masked_log_prob(site: Any) -> torch.Tensor:
     log_prob = log_prob.sum(dim=list(range(-factors, 0))) if factors else log_prob
     if site["mask"] is None:
         return log_prob
-    return torch.where(torch.as_tensor(site["mask"]), log_prob, log_prob.new_zeros(()))
+    return torch.where(torch.as_tensor(site["mask"], device=log_prob.device), log_prob, log_prob.new_zeros(()))
 
 
 def _check_match(model_trace: Any, guide_trace: Any) -> None:

@@ -325,6 +325,18 @@ class Trainer:
         """Go back to a snapshot."""
         self.restore(snapshot)
 
+    @torch.no_grad()
+    def begin_at(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Begin at these weights, by name; the others stay as they are."""
+        tensors = self.program._tensors()
+        for name, value in weights.items():
+            if name not in tensors or tuple(tensors[name].shape) != np.shape(value):
+                got, todo = f"{name!r} of shape {np.shape(value)}", f"They are {sorted(tensors)}"
+                raise must("weights", "have names and shapes of the program's parameters", got, todo)
+            tensors[name].copy_(torch.as_tensor(value))
+            if self.average is not None and name in self.average:
+                self.average[name].copy_(tensors[name])
+
     def adopt(self, other: Trainer) -> None:
         """Begin at the parameters of another trainer; the optimiser, which has taken no step, stays as it is."""
         theirs = other.program._tensors()
@@ -412,7 +424,8 @@ class Trainer:
                 tensor.copy_(torch.from_numpy(arrays[f"params/{name}"].copy()))
             for name, average in (self.average or {}).items():
                 average.copy_(torch.from_numpy(arrays[f"average/{name}"].copy()))
-        self.own.memory = {n: torch.from_numpy(arrays[f"memory/{n}"].copy()) for n in self.own.memory}
+        memory = {n: torch.from_numpy(arrays[f"memory/{n}"].copy()) for n in self.own.memory}
+        self.own.memory = {n: m.to(self.own.memory[n].device) for n, m in memory.items()}
         packed = copy.deepcopy(self.optimizer.state_dict())
         packed["state"] = {i: {k: torch.from_numpy(a.copy()) for k, a in s.items()} for i, s in state.items()}
         self.optimizer.load_state_dict(packed)

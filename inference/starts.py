@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,7 +31,10 @@ class Start(ABC):
         whole_number("epochs", self.epochs)
 
     def weights(self, program: Any, x: np.ndarray) -> Mapping[str, np.ndarray] | None:
-        """Weights that are known without a phase, in torch's layout; None where there must be one."""
+        """Weights that are known without a phase, in torch's layout; None where there must be one.
+
+        Those that it does not name begin as they would.
+        """
         return None
 
     @abstractmethod
@@ -128,6 +131,39 @@ class PPCA(Start):
             raise must("PPCA", "start a LinearVAE or a VAE, whose latent it has a posterior for", got, todo)
         taught = import_module(f"elbozoo.inference.{program.engine}_teacher").taught
         return taught(program, Teacher.of(x, program.spec.latent_dim, program.float_dtype)), ELBO()
+
+
+@dataclass(frozen=True)
+class DataMean(Start):
+    r"""Start with the likelihood at the data's mean: the bias of the decoder's last layer, all else as it would be.
+
+    Without it the first thing to learn is which pixels are never on, with latents that are noise as yet; by then the
+    KL may have shut them. What it is worth, a second layer of latents above all, is in ``docs/benchmarks.md``.
+
+    A Bernoulli's bias is ``log(m / (1 - m))``, m the mean, kept within 0.001 and 0.999; a continuous Bernoulli's is the
+    logit with that mean; a Gaussian's and a discretised logistic's is m. A convolution has one a channel: the mean of
+    its pixels'. There is no phase.
+
+    Raises: InvalidArgument, from ``fit``, for a program without such a layer.
+
+    References: Burda, Grosse & Salakhutdinov 2015 (arXiv 1509.00519), their code; Mnih & Gregor 2014 (arXiv 1402.0030),
+        section 4.
+    """
+
+    epochs: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        """Nothing to check."""
+
+    def weights(self, program: Any, x: np.ndarray) -> Mapping[str, np.ndarray]:
+        if program.spec is None:
+            got = "a program that is not of the zoo"
+            todo = "Use Collapsed or Informative, which any program can start from"
+            raise must("DataMean", "start a model with a network that ends in a bias", got, todo)
+        return program.spec.bias_of_mean(np.asarray(x, np.float64).mean(axis=0))
+
+    def phase(self, program: Any, objective: Objective, x: np.ndarray) -> tuple[Any, Objective]:
+        raise NotImplementedError  # the weights are known
 
 
 @dataclass(frozen=True)

@@ -398,10 +398,10 @@ def fit(
         settings |= {"redraw_pixels": binarize == "stochastic"}
         make = partial(trainer_class, optimizer=optimizer, data=source.example, **settings)
         data = source.drawn if isinstance(source, InMemory) else source.example
+        trainer = make(program, shaped, frozen=tuple(frozen))
         weights = None if start is None else start.weights(program, data[0])
         if weights is not None:
-            program = program.with_weights(weights)
-        trainer = make(program, shaped, frozen=tuple(frozen))
+            trainer.begin_at(weights)
         checkpoint = None if directory is None else Path(directory) / CHECKPOINT
         directory, progress = (None, False) if rank else (directory, progress)  # the first process's alone
         loop = _Loop(trainer, source, objective, config, seeds, None if directory is None else Path(directory))

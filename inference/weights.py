@@ -63,6 +63,33 @@ def from_torch_layout(flat: Mapping[str, Any], template: Mapping[str, Any], pref
     return {site: _rebuild(tree, values) for site, tree in template.items()}
 
 
+def with_values(params: Mapping[str, Any], prefix: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """``params`` with the values of ``flat`` (torch's names and layouts); leaves that it does not name are theirs.
+
+    A leaf may have further axes in front, of replicates: they all get the value.
+
+    Raises: InvalidArgument for a name that no leaf has, and for a value of another shape.
+    """
+    paths = {name: (path, leaf) for name, path, leaf in _leaves(params, prefix)}
+    found = {}
+    for name, value in flat.items():
+        if name not in paths:
+            raise must("weights", "have names of the program's parameters", repr(name), f"They are {sorted(paths)}")
+        path, leaf = paths[name]
+        array = _from_torch(np.asarray(value), path).astype(leaf.dtype)
+        if leaf.shape[leaf.ndim - array.ndim :] != array.shape:
+            todo = "Pass weights of a program with the same hyperparameters"
+            raise must(f"weights[{name!r}]", f"have the shape of {tuple(leaf.shape)}", array.shape, todo)
+        found[id(leaf)] = np.broadcast_to(array, leaf.shape)
+
+    def replaced(tree: Any) -> Any:
+        if isinstance(tree, Mapping):
+            return {key: replaced(value) for key, value in tree.items()}
+        return found.get(id(tree), tree)
+
+    return replaced(params)
+
+
 def frozen_names(names: Iterable[str], frozen: tuple[str, ...]) -> set[str]:
     """The weights whose names begin with one of ``frozen``, whole parts of it.
 

@@ -1,4 +1,5 @@
-"""What every test starts from: float64, the CPU, one core a worker, checked shapes, and only the engines installed.
+"""What every test starts from: float64, the CPU (JAX_PLATFORMS=cpu,cuda lets `test_accelerator.py` find a GPU; with
+cuda first, all of NumPyro's tests run on it), one core a worker, checked shapes, and only the engines installed.
 
 A test that has a parameter or fixture called ``engine``, or the mark ``pyro`` or ``numpyro``, is skipped where that
 engine's extra is not installed.
@@ -21,7 +22,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 # Read once, when jax, matplotlib and torch start; programs that a test runs inherit them.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_ENABLE_X64"] = "1"
 # Most of the suite's time is XLA compiling small programs that run once: compile fast, not well.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

@@ -15,24 +15,46 @@ import pytest
 from as_users import as_users_run_it  # noqa: F401
 from covering import PYRO_ALONE, covering
 from programs import data, program
+from scipy.integrate import quad
+from scipy.special import expit
 from scipy.stats import multivariate_normal
 
 from elbozoo.inference import (
     ELBO,
     IWAE,
+    NVIL,
     PPCA,
+    Adam,
     AnnealedKL,
     Beta,
     Collapsed,
+    DataMean,
     DReG,
     Informative,
     NonFinite,
     Run,
+    StraightThrough,
     fit,
 )
 from elbozoo.inference.errors import InvalidArgument
 from elbozoo.inference.training import to_config
-from elbozoo.zoo import MLP, VAE, Gaussian, LinearVAE
+from elbozoo.zoo import (
+    MLP,
+    VAE,
+    VQVAE,
+    Bernoulli,
+    Codebook,
+    ContinuousBernoulli,
+    Conv,
+    DeepHierarchicalVAE,
+    DiscretizedLogistic,
+    FullyConv,
+    Gaussian,
+    HierarchicalVAE,
+    LadderVAE,
+    LinearVAE,
+    SigmoidBeliefNet,
+)
 
 EIGENVALUES = np.array([9.0, 3.0, 1.0, 0.3, 0.1])
 AXES = np.linalg.qr(np.random.default_rng(1).normal(size=(5, 5)))[0]
@@ -244,3 +266,72 @@ def test_bad_starts_are_refused(engine: str) -> None:
 def test_a_phase_that_diverges_says_so(engine: str) -> None:
     with pytest.raises(NonFinite, match="of the starting phase"):
         begin(engine, start=Informative(epochs=5), learning_rate=1e200)
+
+
+# --- the data's mean ------------------------------------------------------------------------------------------------
+
+SHARES = np.linspace(0.05, 0.9, 16)
+PIXELS = (np.random.default_rng(3).random((40, 16)) < SHARES) * 1.0
+PIXELS[:, 0], PIXELS[:, 15] = 0.0, 1.0  # whose odds are infinite
+IMAGE = (1, 4, 4)
+BIASES = {
+    VAE(16, 3, MLP((5,))): "decoder.layers.1.bias",
+    VAE(16, 3, MLP((5,)), Gaussian("pixel")): "decoder.layers.1.bias",
+    VAE(16, 3, Conv(IMAGE, (3,), 6), DiscretizedLogistic(levels=2)): "decoder.convs.0.bias",
+    HierarchicalVAE(16, (3, 2), (4, 4), depth=1): "decoders.0.layers.1.bias",
+    LadderVAE(16, (3, 2), (4, 4), depth=1): "decoders.0.layers.1.bias",
+    SigmoidBeliefNet(16, (3, 2)): "decoders.0.layers.0.bias",
+    VQVAE(16, 4, FullyConv(IMAGE, (3,)), Codebook(4, 3)): "decoder.convs.1.bias",
+    LinearVAE(16, 3): "decoder.bias",
+}
+
+
+def at_the_start(engine: str, spec: Any, **options: Any) -> Any:
+    """A training whose one step is so small that weights but 0 stay what they are to the last digit."""
+    gradient = {SigmoidBeliefNet: NVIL(), VQVAE: StraightThrough()}.get(type(spec))
+    objective = ELBO() if gradient is None else ELBO(gradient=gradient)
+    defaults = {"objective": objective, "epochs": 1, "batch_size": 40, "optimizer": Adam(1e-30), "progress": False}
+    return fit(getattr(spec, engine)(), PIXELS, **(defaults | options))
+
+
+@covering("spec", list(BIASES), numpyro=(0, 2, 3), ids=lambda spec: type(spec).__name__)
+def test_data_mean_sets_one_bias_and_nothing_else(engine: str, spec: Any) -> None:
+    plain, moved = at_the_start(engine, spec).weights, at_the_start(engine, spec, start=DataMean()).weights
+    assert {n for n in moved if np.abs(moved[n] - plain[n]).max() > 1e-20} == {BIASES[spec]}
+    bias, mean = moved[BIASES[spec]], PIXELS.mean(axis=0)
+    if isinstance(getattr(spec, "network", None), (Conv, FullyConv)):
+        assert bias.shape == ((2,) if spec.likelihood.num_outputs == 2 else (1,))
+    elif type(spec) is LinearVAE or spec.likelihood == Gaussian("pixel"):
+        np.testing.assert_allclose(bias, np.concatenate([mean, np.zeros(len(bias) - 16)]), 1e-12, 1e-20)
+    else:
+        np.testing.assert_allclose(expit(bias[1:-1]), mean[1:-1], 1e-12, 1e-20)
+        np.testing.assert_allclose(expit(bias[[0, -1]]), [0.001, 0.999], 1e-12)
+
+
+def test_data_mean_starts_every_replicate(engine: str) -> None:
+    spec = next(iter(BIASES))
+    runs = at_the_start(engine, spec, start=DataMean(), replicates=2)
+    first, second = (run.weights for run in runs)
+    np.testing.assert_allclose(first[BIASES[spec]], second[BIASES[spec]], 0, 1e-20)
+    assert not np.array_equal(first["decoder.layers.0.weight"], second["decoder.layers.0.weight"])
+    averaged = at_the_start(engine, spec, start=DataMean(), optimizer=Adam(1e-30, average=0.9)).weights
+    np.testing.assert_allclose(averaged[BIASES[spec]], first[BIASES[spec]], 0, 1e-20)
+    assert to_config(DataMean()) == {"class": "DataMean", "epochs": 0}
+
+
+def test_outputs_of_a_mean_have_that_mean() -> None:
+    mean = np.array([0.001, 0.02, 0.3, 0.5, 0.77, 0.999])
+    for m, logit in zip(mean, ContinuousBernoulli().outputs_of_mean(mean), strict=True):
+        total, first = (
+            quad(lambda x, n=n, a=logit: x**n * np.exp(a * x - max(a, 0)), 0, 1, limit=500)[0] for n in (0, 1)
+        )
+        assert first / total == pytest.approx(m, rel=1e-7)
+    np.testing.assert_allclose(expit(Bernoulli().outputs_of_mean(mean)), mean, 1e-12)
+
+
+def test_data_mean_refuses_what_has_no_such_bias() -> None:
+    deep = DeepHierarchicalVAE(IMAGE, 2, 3, 2, 2, (1, 3), DiscretizedLogistic(levels=2))
+    with pytest.raises(InvalidArgument, match="DataMean must start a model with a network that ends in a bias"):
+        at_the_start("pyro", deep, start=DataMean())
+    with pytest.raises(InvalidArgument, match="DataMean must start a model"):
+        fit(program("pyro", "location"), data(), start=DataMean(), epochs=1, progress=False)

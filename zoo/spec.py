@@ -30,6 +30,9 @@ class Spec(Part):
     fitting_gradient: ClassVar[str] = "pathwise"
     """The gradient estimator that fits its sites, by the name it has on the command line: the default there."""
 
+    data_decoder: ClassVar[str] = "decoder"
+    """What the weights' names of the network begin with that the likelihood reads."""
+
     def pyro(self, name: str = "") -> elbozoo.inference.pyro_engine.Program:
         """The program in Pyro: ``.model`` and ``.guide`` are PyroModules.
 
@@ -64,6 +67,21 @@ class Spec(Part):
     def check(self, x: Any) -> None:
         """Raise InvalidArgument unless ``x`` is data that the model can have generated."""
         raise NotImplementedError
+
+    def bias_of_mean(self, mean: np.ndarray) -> dict[str, np.ndarray]:
+        """The weight with which the model begins with data of this mean, by name, where every other bias is 0.
+
+        Raises: InvalidArgument for a model whose likelihood reads no network that ends in a bias.
+        """
+        network = getattr(self, "network", None) or next(iter(getattr(self, "networks", ())), None)
+        likelihood = getattr(self, "likelihood", None)
+        if network is None or likelihood is None:
+            todo = "Use another start, or none"
+            raise must("DataMean", "start a model with a network that ends in a bias", type(self).__name__, todo)
+        outputs = np.zeros((likelihood.num_outputs, len(mean)))
+        outputs[0] = likelihood.outputs_of_mean(mean)
+        found = network.decoder_bias(outputs.ravel())
+        return {f"{self.data_decoder}.{name}": value for name, value in found.items()}
 
     def check_data(self, x: Any, *others: Any) -> None:
         """Raise InvalidArgument unless ``x``, and what is passed after it (labels), are data of the model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from elbozoo.guides import DiagonalGaussian, Family
 from elbozoo.inference.errors import must
@@ -22,6 +22,8 @@ class Hierarchy(Spec):
 
     ``z_L ~ prior``, ``z_l | z_{l+1} ~ N(loc_l(z_{l+1}), diag(scale_l(z_{l+1})^2))``, ``x | z_1 ~ likelihood(z_1)``.
     """
+
+    data_decoder: ClassVar[str] = "decoders.0"
 
     data_dim: int = 784
     latent_dims: tuple[int, ...] = (100, 50)

@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import numpy as np
+from scipy.special import logit
 
 from elbozoo.inference.errors import must
 from elbozoo.inference.parts import Part, one_of, positive, whole_number
@@ -46,6 +47,10 @@ class Likelihood(Part):
         """Raise InvalidArgument unless every entry of ``x`` lies in the support."""
         raise NotImplementedError
 
+    def outputs_of_mean(self, mean: np.ndarray) -> np.ndarray:
+        """The decoder's first outputs with which ``E[x | z]`` is ``mean``, of its shape (any other output being 0)."""
+        return mean
+
     def check_data_dim(self, data_dim: int) -> None:
         """Raise InvalidArgument unless the likelihood is of data with so many entries; most are of any number."""
 
@@ -74,6 +79,9 @@ class Bernoulli(Likelihood):
             'Binarize grey pixels with binarize="stochastic" or binarize="threshold", or use ContinuousBernoulli() or '
             "DiscretizedLogistic()",
         )
+
+    def outputs_of_mean(self, mean: np.ndarray) -> np.ndarray:
+        return logit(_inside(mean))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +165,14 @@ class ContinuousBernoulli(Likelihood):
         condition = "lie in [0, 1] under a ContinuousBernoulli likelihood"
         _refuse((array >= 0) & (array <= 1), array, condition, "Divide 8-bit pixels by 255, or use Gaussian()")
 
+    def outputs_of_mean(self, mean: np.ndarray) -> np.ndarray:
+        low, high = np.full(np.shape(mean), -2000.0), np.full(np.shape(mean), 2000.0)  # beyond the means of _inside
+        for _ in range(60):  # E[x] grows with l: halve what it lies in, down to rounding
+            middle = (low + high) / 2
+            below = _continuous_mean(middle) < _inside(mean)
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        return (low + high) / 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian(Likelihood):
@@ -233,6 +249,18 @@ class DiscretizedLogistic(Likelihood):
         inside = (array >= 0) & (array <= 1) & (np.abs(steps - np.rint(steps)) <= LEVEL_TOLERANCE)
         condition = f"be a multiple of 1/{self.levels - 1} in [0, 1] under DiscretizedLogistic(levels={self.levels})"
         _refuse(inside, array, condition, "Divide whole pixel values by levels - 1, or use ContinuousBernoulli()")
+
+
+def _inside(mean: np.ndarray) -> np.ndarray:
+    """A mean that some odds have, where an entry is 0, or 1, in all data; the limits are Burda et al.'s."""
+    return np.clip(mean, 0.001, 0.999)
+
+
+def _continuous_mean(logits: np.ndarray) -> np.ndarray:
+    """``1/2 + (coth(u) - 1/u) / 2`` with ``u = l / 2``; its series where both terms would cancel."""
+    u = np.asarray(logits) / 2
+    far = np.where(np.abs(u) < 1e-3, 1.0, u)
+    return 0.5 + np.where(np.abs(u) < 1e-3, u / 3, 1 / np.tanh(far) - 1 / far) / 2
 
 
 def _refuse(inside: np.ndarray, array: np.ndarray, condition: str, todo: str) -> None:

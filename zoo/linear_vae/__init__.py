@@ -98,6 +98,9 @@ class LinearVAE(Spec):
     def check(self, x: ArrayLike) -> None:
         Gaussian().check(check_shape(x, self.data_dim))
 
+    def bias_of_mean(self, mean: np.ndarray) -> dict[str, np.ndarray]:
+        return {"decoder.bias": mean}
+
     def log_prob(self, weights: Weights, x: ArrayLike) -> np.ndarray:
         """The exact marginal ``log N(x; b, W W^T + s2 I)``.
 

@@ -14,6 +14,8 @@ import dataclasses
 from math import prod
 from typing import ClassVar
 
+import numpy as np
+
 from elbozoo.inference.errors import must
 from elbozoo.inference.parts import Part, one_of, positive, whole_number, whole_numbers
 
@@ -34,6 +36,10 @@ class Network(Part):
 
     def check_data_dim(self, data_dim: int) -> None:
         """Raise InvalidArgument if the network cannot read data of ``data_dim`` entries."""
+
+    def decoder_bias(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
+        """The last bias, by name, of a decoder that is to begin near ``outputs`` (num_outputs,), its other biases 0."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +74,9 @@ class MLP(Network):
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("normalization", self.normalization, NORMALIZATIONS)
         positive("output_gain", self.output_gain)
+
+    def decoder_bias(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
+        return {f"layers.{len(self.hidden)}.bias": outputs}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +129,11 @@ class Conv(Network):
     def check_data_dim(self, data_dim: int) -> None:
         if prod(self.image_shape) != data_dim:
             raise must("image_shape", f"have data_dim={data_dim} entries", self.image_shape, "Change one of the two")
+
+    def decoder_bias(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            f"convs.{len(self.channels) - 1}.bias": outputs.reshape(-1, prod(self.image_shape[1:])).mean(axis=1)
+        }  # one a channel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,3 +189,8 @@ class FullyConv(Network):
     def check_data_dim(self, data_dim: int) -> None:
         if prod(self.image_shape) != data_dim:
             raise must("image_shape", f"have data_dim={data_dim} entries", self.image_shape, "Change one of the two")
+
+    def decoder_bias(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            f"convs.{len(self.channels)}.bias": outputs.reshape(-1, prod(self.image_shape[1:])).mean(axis=1)
+        }  # one a channel

@@ -65,6 +65,7 @@ class SigmoidBeliefNet(Spec):
     """
 
     fitting_gradient: ClassVar[str] = "nvil"
+    data_decoder: ClassVar[str] = "decoders.0"
 
     data_dim: int = 784
     latent_dims: tuple[int, ...] = (200,)
