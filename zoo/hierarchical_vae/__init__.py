@@ -107,8 +107,8 @@ class HierarchicalVAE(Hierarchy):
         InvalidArgument: no layer, ``hidden`` of another length than ``latent_dims``, or a ``VampPrior``.
 
     Limits: L = 1 is :class:`~elbozoo.zoo.VAE` with its latent called ``z1``. The defaults are Burda et al.'s two-layer
-    model. Under the ELBO the upper layers of this guide tend to collapse (``z_l`` then falls back on its prior):
-    compare :class:`~elbozoo.zoo.LadderVAE`, and see ``docs/benchmarks.md``.
+    model. Under the ELBO the upper layers of this guide tend to collapse (``z_l`` then falls back on its prior): begin
+    with ``fit(…, start=DataMean())``, compare :class:`~elbozoo.zoo.LadderVAE`, and see ``docs/benchmarks.md``.
 
     References: Rezende, Mohamed & Wierstra 2014, arXiv 1401.4082, section 3; Burda, Grosse & Salakhutdinov 2015,
         arXiv 1509.00519, section 5; why upper layers die: Sønderby et al. 2016, arXiv 1602.02282, section 3.1.
