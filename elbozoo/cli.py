@@ -152,7 +152,8 @@ class Train:
         batch_size: data a minibatch.
         start_from: where training begins instead of at random weights, to see whether the objective gets out of a bad
             minimum: collapsed (the guide is the prior, the latents carry nothing), informative (an autoencoder, whose
-            latents are all but free of charge) or ppca (probabilistic PCA, for vae and linear-vae).
+            latents are all but free of charge) or ppca (probabilistic PCA, for vae and linear-vae); or to keep out of
+            one: data-mean (the output's bias at the data's mean) or first-stage (of a latent-diffusion).
         start_epochs: passes over the data, before the others, that bring it there (with --start-from; default: 5).
         seed: fixes initial weights, order and noise.
         binarize: how grey pixels become the zeros and ones of a Bernoulli likelihood: stochastic redraws them at every

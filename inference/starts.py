@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
 
@@ -141,8 +141,11 @@ class DataMean(Start):
     KL may have shut them. What it is worth, a second layer of latents above all, is in ``docs/benchmarks.md``.
 
     A Bernoulli's bias is ``log(m / (1 - m))``, m the mean, kept within 0.001 and 0.999; a continuous Bernoulli's is the
-    logit with that mean; a Gaussian's and a discretised logistic's is m. A convolution has one a channel: the mean of
-    its pixels'. There is no phase.
+    logit with that mean; a Gaussian's, and the location of a discretised logistic, is m. A convolution has one bias a
+    channel, so that m is the mean over the channel's pixels. There is no phase.
+
+    Args:
+        epochs: 0.
 
     Raises: InvalidArgument, from ``fit``, for a program without such a layer.
 
@@ -150,10 +153,11 @@ class DataMean(Start):
         section 4.
     """
 
-    epochs: int = field(default=0, init=False)
+    epochs: int = 0
 
     def __post_init__(self) -> None:
-        """Nothing to check."""
+        if self.epochs != 0:
+            raise must("epochs", "be 0 for DataMean, which has no phase", self.epochs, "Leave it out")
 
     def weights(self, program: Any, x: np.ndarray) -> Mapping[str, np.ndarray]:
         if program.spec is None:

@@ -268,9 +268,10 @@ def fit(
         learning_rate: Adam's step size, or a function of the step.
         optimizer: :class:`~elbozoo.inference.optimizers.Adam`, an optax transformation (NumPyro), or a function from
             parameters to a torch optimizer (Pyro). Overrides ``learning_rate``.
-        start: :class:`~elbozoo.inference.Collapsed`, :class:`~elbozoo.inference.Informative` or
-            :class:`~elbozoo.inference.PPCA`: where to begin instead of at the initial weights. Its epochs come before
-            those of ``epochs`` and are not in the history; the objective's schedule and the optimiser start after it.
+        start: :class:`~elbozoo.inference.DataMean`, :class:`~elbozoo.inference.Collapsed`,
+            :class:`~elbozoo.inference.Informative` or :class:`~elbozoo.inference.PPCA`: where to begin instead of at
+            the initial weights. Its epochs come before those of ``epochs`` and are not in the history; the objective's
+            schedule and the optimiser start after it.
         frozen: parameters that stay as they are, by the first parts of their names in ``run.weights``
             (``("encoder", "decoder.layers.0")``); a start's phase trains them.
         seed: fixes order and noise, and the initial weights of a zoo program and of param statements (modules of the

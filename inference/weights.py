@@ -66,7 +66,7 @@ def from_torch_layout(flat: Mapping[str, Any], template: Mapping[str, Any], pref
 def with_values(params: Mapping[str, Any], prefix: str, flat: Mapping[str, Any]) -> dict[str, Any]:
     """``params`` with the values of ``flat`` (torch's names and layouts); leaves that it does not name are theirs.
 
-    A leaf may have further axes in front, of replicates: they all get the value.
+    A leaf may have an axis of replicates in front: they all get the value.
 
     Raises: InvalidArgument for a name that no leaf has, and for a value of another shape.
     """
@@ -77,7 +77,7 @@ def with_values(params: Mapping[str, Any], prefix: str, flat: Mapping[str, Any])
             raise must("weights", "have names of the program's parameters", repr(name), f"They are {sorted(paths)}")
         path, leaf = paths[name]
         array = _from_torch(np.asarray(value), path).astype(leaf.dtype)
-        if leaf.shape[leaf.ndim - array.ndim :] != array.shape:
+        if array.shape not in (tuple(leaf.shape), tuple(leaf.shape[1:])):
             todo = "Pass weights of a program with the same hyperparameters"
             raise must(f"weights[{name!r}]", f"have the shape of {tuple(leaf.shape)}", array.shape, todo)
         found[id(leaf)] = np.broadcast_to(array, leaf.shape)

@@ -79,7 +79,7 @@ class Spec(Part):
             todo = "Use another start, or none"
             raise must("DataMean", "start a model with a network that ends in a bias", type(self).__name__, todo)
         outputs = np.zeros((likelihood.num_outputs, len(mean)))
-        outputs[0] = likelihood.outputs_of_mean(mean)
+        outputs[0] = likelihood.outputs_of_mean(network.pooled(mean))
         found = network.decoder_bias(outputs.ravel())
         return {f"{self.data_decoder}.{name}": value for name, value in found.items()}
 

@@ -69,6 +69,7 @@ class HierarchicalVQVAE(Spec):
     """
 
     fitting_gradient: ClassVar[str] = "straight-through"
+    data_decoder: ClassVar[str] = "decoders.0"
 
     image_shape: tuple[int, ...] = (1, 28, 28)
     channels: tuple[int, ...] = (64,)

@@ -48,7 +48,7 @@ class Likelihood(Part):
         raise NotImplementedError
 
     def outputs_of_mean(self, mean: np.ndarray) -> np.ndarray:
-        """The decoder's first outputs with which ``E[x | z]`` is ``mean``, of its shape (any other output being 0)."""
+        """The decoder's first outputs with which ``E[x | z]``, or the location of what has no such one, is ``mean``."""
         return mean
 
     def check_data_dim(self, data_dim: int) -> None:

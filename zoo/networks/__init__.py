@@ -37,6 +37,10 @@ class Network(Part):
     def check_data_dim(self, data_dim: int) -> None:
         """Raise InvalidArgument if the network cannot read data of ``data_dim`` entries."""
 
+    def pooled(self, mean: np.ndarray) -> np.ndarray:
+        """``mean`` of data, each entry replaced by its mean over those that share a bias of the decoder."""
+        return mean
+
     def decoder_bias(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
         """The last bias, by name, of a decoder that is to begin near ``outputs`` (num_outputs,), its other biases 0."""
         raise NotImplementedError
@@ -130,6 +134,10 @@ class Conv(Network):
         if prod(self.image_shape) != data_dim:
             raise must("image_shape", f"have data_dim={data_dim} entries", self.image_shape, "Change one of the two")
 
+    def pooled(self, mean: np.ndarray) -> np.ndarray:
+        places = prod(self.image_shape[1:])
+        return np.repeat(mean.reshape(-1, places).mean(axis=1), places)
+
     def decoder_bias(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
         return {
             f"convs.{len(self.channels) - 1}.bias": outputs.reshape(-1, prod(self.image_shape[1:])).mean(axis=1)
@@ -189,6 +197,10 @@ class FullyConv(Network):
     def check_data_dim(self, data_dim: int) -> None:
         if prod(self.image_shape) != data_dim:
             raise must("image_shape", f"have data_dim={data_dim} entries", self.image_shape, "Change one of the two")
+
+    def pooled(self, mean: np.ndarray) -> np.ndarray:
+        places = prod(self.image_shape[1:])
+        return np.repeat(mean.reshape(-1, places).mean(axis=1), places)
 
     def decoder_bias(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
         return {
