@@ -230,7 +230,8 @@ def test_twins(spec: Spec) -> None:
     for name, grad in grads.items():
         # no density of a point mass, or of its code's index, at a given value depends on what placed it there
         assert np.abs(grad).max() > 0 or (isinstance(spec, (VQVAE, HierarchicalVQVAE)) and name.startswith(OF_CODES))
-        np.testing.assert_allclose(twin_grads[name], grad, TOLERANCE, TOLERANCE, err_msg=name)
+        scale = max(1.0, np.abs(grad).max())  # an entry is a sum of terms as large as the largest
+        np.testing.assert_allclose(twin_grads[name], grad, TOLERANCE, TOLERANCE * scale, err_msg=name)
 
 
 @pytest.mark.parametrize(
