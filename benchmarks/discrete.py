@@ -1,10 +1,10 @@
 """Which gradient estimator trains a sigmoid belief net best? 200 binary latents, MNIST, static binarisation.
 
 Nets: one layer of 200 units, with affine maps between latents and pixels (linear) or two tanh layers of 200 in each
-(nonlinear), each under every estimator from the same start, with the same data, steps and optimiser. The pixels are
-binarised once, by a fixed seed. A further cell follows a three-layer net under VIMCO with K = 5, batches of 24 and a
-learning rate of 1e-3 for 4 epochs of all images, whose bound by epoch is published (-166, -140, -134, -130); and two
-measure the variance of the guide's gradient of every estimator at one state of training of the linear net.
+(nonlinear), each under every estimator from the same start (``DataMean``), with the same data, steps and optimiser. The
+pixels are binarised once, by a fixed seed. A further cell follows a three-layer net under VIMCO with K = 5, batches of
+24 and a learning rate of 1e-3 for 4 epochs of all images, whose bound by epoch is published (-166, -140, -134, -130);
+and two measure the variance of the guide's gradient of every estimator at one state of training of the linear net.
 
 Reported: NLL with K importance samples on held-out images and the ELBO, in nats, of the discrete model whatever the
 training. The default trains for a small share of the paper's steps, stated in each cell: the *order* is the claim.

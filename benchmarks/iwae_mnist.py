@@ -55,7 +55,7 @@ class Config:
         hidden, latent_dim: units and latents of one layer; the first of two has twice the latents, the second half
             the units.
         results: JSON file to write and to go on from.
-        checkpoints: folder for checkpoints of unfinished cells.
+        checkpoints: folder for checkpoints, from which more stages go on; fewer need another one.
         smoke: a few seconds on digits, to see that it runs.
     """
 

@@ -266,7 +266,7 @@ class Trainer:
         """Begin at these weights, in torch's names and layouts, in every replicate; the others stay as they are."""
         own = {n: v for n, v in self._constrain(self.state.params).items() if n not in OWN_SITES}
         with self._on_device():
-            moved = jax.tree.map(jnp.asarray, with_values(own, self.program._prefix, weights))
+            moved = jax.tree.map(jnp.asarray, with_values(own, self.program._prefix, weights, self.replicated))
             self._start_from(self.state.params | {n: self.transforms[n].inv(v) for n, v in moved.items()})
 
     def adopt(self, other: Trainer) -> None:

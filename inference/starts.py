@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -37,15 +37,17 @@ class Start(ABC):
         """
         return None
 
-    @abstractmethod
     def phase(self, program: Any, objective: Objective, x: np.ndarray) -> tuple[Any, Objective]:
-        """The program and the objective of the phase; the program has the parameters of the one to be started.
+        """The program and the objective of the phase, where :meth:`weights` knows none.
+
+        The program has the parameters of the one to be started.
 
         Args:
             program: what is to be trained.
             objective: on what.
             x: the data, as the program takes them; of data that are not in memory, unless it ``reads_data``, some.
         """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,6 @@ class DataMean(Start):
             todo = "Use Collapsed or Informative, which any program can start from"
             raise must("DataMean", "start a model with a network that ends in a bias", got, todo)
         return program.spec.bias_of_mean(np.asarray(x, np.float64).mean(axis=0))
-
-    def phase(self, program: Any, objective: Objective, x: np.ndarray) -> tuple[Any, Objective]:
-        raise NotImplementedError  # the weights are known
 
 
 @dataclass(frozen=True)

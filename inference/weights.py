@@ -63,23 +63,29 @@ def from_torch_layout(flat: Mapping[str, Any], template: Mapping[str, Any], pref
     return {site: _rebuild(tree, values) for site, tree in template.items()}
 
 
-def with_values(params: Mapping[str, Any], prefix: str, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """``params`` with the values of ``flat`` (torch's names and layouts); leaves that it does not name are theirs.
+def with_values(
+    params: Mapping[str, Any], prefix: str, flat: Mapping[str, Any], replicated: bool = False
+) -> dict[str, Any]:
+    """Those sites of ``params`` that have a leaf in ``flat``, with its values; their other leaves as they are.
 
-    A leaf may have an axis of replicates in front: they all get the value.
+    Args:
+        params: NumPyro parameters, by site.
+        prefix: as in ``to_torch_layout``.
+        flat: some weights, with torch's names and layouts.
+        replicated: whether every leaf has an axis of replicates in front; they all get the value.
 
     Raises: InvalidArgument for a name that no leaf has, and for a value of another shape.
     """
-    paths = {name: (path, leaf) for name, path, leaf in _leaves(params, prefix)}
+    leaves = {name: (path, leaf) for name, path, leaf in _leaves(params, prefix)}
     found = {}
     for name, value in flat.items():
-        if name not in paths:
-            raise must("weights", "have names of the program's parameters", repr(name), f"They are {sorted(paths)}")
-        path, leaf = paths[name]
-        array = _from_torch(np.asarray(value), path).astype(leaf.dtype)
-        if array.shape not in (tuple(leaf.shape), tuple(leaf.shape[1:])):
+        if name not in leaves:
+            raise must("weights", "have names of the program's parameters", repr(name), f"They are {sorted(leaves)}")
+        path, leaf = leaves[name]
+        array, shape = _from_torch(np.asarray(value), path).astype(leaf.dtype), tuple(leaf.shape)[replicated:]
+        if array.shape != shape:
             todo = "Pass weights of a program with the same hyperparameters"
-            raise must(f"weights[{name!r}]", f"have the shape of {tuple(leaf.shape)}", array.shape, todo)
+            raise must(f"weights[{name!r}]", f"have shape {_torch_shape(shape, path)}", np.shape(value), todo)
         found[id(leaf)] = np.broadcast_to(array, leaf.shape)
 
     def replaced(tree: Any) -> Any:
@@ -87,7 +93,8 @@ def with_values(params: Mapping[str, Any], prefix: str, flat: Mapping[str, Any])
             return {key: replaced(value) for key, value in tree.items()}
         return found.get(id(tree), tree)
 
-    return replaced(params)
+    touched = {n: t for n, t in params.items() if any(id(leaf) in found for _, leaf in _walk(t, ()))}
+    return {site: replaced(tree) for site, tree in touched.items()}
 
 
 def frozen_names(names: Iterable[str], frozen: tuple[str, ...]) -> set[str]:

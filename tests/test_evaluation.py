@@ -572,3 +572,36 @@ def test_weights_without_a_usable_tail_are_never_called_good() -> None:
     from elbozoo.inference.psis import pareto_k
 
     assert pareto_k(1000.0 * np.random.default_rng(0).normal(size=(1000, 300))).min() > 1.0
+
+
+@pytest.mark.numpyro
+def test_reported_densities_are_of_products_in_full() -> None:
+    """On a GPU JAX would multiply float32 with fewer digits; what is in force is read where a program is traced."""
+    import jax
+    import numpyro
+    import numpyro.distributions as dist
+
+    from elbozoo.inference.numpyro_engine import Program
+
+    seen = []
+
+    def model(x: Any) -> None:
+        seen.append(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", dist.Normal(numpyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x: Any) -> None:
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Normal(loc, 1.0))
+
+    x = np.zeros(3)
+    program = Program(model, guide).with_params({"loc": np.zeros(())})
+    for report in (
+        lambda: evaluate(program, x, num_particles=2),
+        lambda: program.log_density({"z": np.zeros((2, 3))}, (x,)),
+        lambda: program.predict((x,), num_particles=2),
+    ):
+        seen.clear()
+        report()
+        assert "float32" in seen

@@ -31,7 +31,7 @@ from elbozoo.guides import (
 )
 from elbozoo.inference.errors import InvalidArgument
 from elbozoo.inference.parts import Part
-from elbozoo.inference.weights import from_torch_layout, to_torch_layout
+from elbozoo.inference.weights import from_torch_layout, to_torch_layout, with_values
 from elbozoo.zoo import (
     MLP,
     VAE,
@@ -40,7 +40,9 @@ from elbozoo.zoo import (
     Bernoulli,
     ContinuousBernoulli,
     Conv,
+    DeepHierarchicalVAE,
     Denoiser,
+    DiffusionVAE,
     DiscretizedLogistic,
     EndLikelihood,
     FlowPrior,
@@ -55,6 +57,7 @@ from elbozoo.zoo import (
     Spec,
     StandardNormal,
     VampPrior,
+    VariationalDiffusion,
 )
 from elbozoo.zoo.networks import ACTIVATIONS
 
@@ -230,7 +233,8 @@ def test_twins(spec: Spec) -> None:
     for name, grad in grads.items():
         # no density of a point mass, or of its code's index, at a given value depends on what placed it there
         assert np.abs(grad).max() > 0 or (isinstance(spec, (VQVAE, HierarchicalVQVAE)) and name.startswith(OF_CODES))
-        scale = max(1.0, np.abs(grad).max())  # an entry is a sum of terms as large as the largest
+        # An entry may be the small rest of terms as large as the array's largest, which are rounded as those are.
+        scale = max(1.0, np.abs(grad).max())
         np.testing.assert_allclose(twin_grads[name], grad, TOLERANCE, TOLERANCE * scale, err_msg=name)
 
 
@@ -291,6 +295,51 @@ def test_initial_weights_are_glorot_uniform_and_zero(engine: str, spec: Spec) ->
         # 5 standard errors of the second moment of U(-a, a), whose fourth moment is a^4 / 5
         moment, error = bound**2 / 3, 5 * bound**2 * np.sqrt((1 / 5 - 1 / 9) / array.size)
         assert abs((array**2).mean() - moment) < error, name
+
+
+WITHOUT_A_BIAS = (DeepHierarchicalVAE, DiffusionVAE, VariationalDiffusion)
+AT_THE_MEAN_OTHERWISE = (AutoregressiveBernoulli, DiscretizedLogistic)
+"""Likelihoods that ``DataMean`` puts at a mean in another sense."""
+
+
+@pytest.mark.parametrize("spec", [s for s in collect() if not isinstance(s, WITHOUT_A_BIAS)], ids=str)
+def test_one_bias_puts_the_likelihood_at_the_mean(spec: Spec) -> None:
+    mean = np.linspace(0.1, 0.9, spec.data_dim)
+    weights = spec.pyro().weights or {}
+    ((name, bias),) = spec.bias_of_mean(mean).items()
+    assert weights[name].shape == bias.shape
+    if not spec.generative or isinstance(getattr(spec, "likelihood", None), AT_THE_MEAN_OTHERWISE):
+        return
+    matrix = name.removesuffix("bias") + "weight"
+    program = spec.pyro().with_weights(weights | {name: bias, matrix: 0 * weights[matrix]})
+    with torch.no_grad():
+        found = poutine.trace(program.model).get_trace(size=2).nodes["x"]["fn"].mean.numpy()
+    if "convs" in name:  # one bias a channel
+        channels = spec.data_network.image_shape[0]
+        mean = np.repeat(mean.reshape(channels, -1).mean(axis=1), spec.data_dim // channels)
+    np.testing.assert_allclose(found, np.stack([mean, mean]), 1e-6)
+
+
+@pytest.mark.parametrize("spec", [s for s in collect() if isinstance(s, WITHOUT_A_BIAS)], ids=str)
+def test_no_bias_for_the_mean(spec: Spec) -> None:
+    with pytest.raises(InvalidArgument, match=r"DataMean must start a model .*; got .*\. Use another start"):
+        spec.bias_of_mean(np.zeros(spec.data_dim))
+
+
+def test_values_of_some_leaves() -> None:
+    tree = {"a.net$params": {"kernel": np.zeros((2, 3)), "bias": np.zeros(3)}, "a.scale": np.zeros(())}
+    found = with_values(tree, "a.", {"net.weight": np.ones((3, 2))})
+    assert list(found) == ["a.net$params"]
+    assert found["a.net$params"]["kernel"].sum() == 6
+    assert found["a.net$params"]["bias"] is tree["a.net$params"]["bias"]
+    several = with_values({"b": np.zeros((4, 3))}, "", {"b": np.arange(3.0)}, replicated=True)
+    np.testing.assert_array_equal(several["b"], np.tile(np.arange(3.0), (4, 1)))
+    for flat, message in (
+        ({"net.wieght": 0.0}, "weights must have names"),
+        ({"net.weight": np.ones(3)}, r"shape \(3, 2\)"),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            with_values(tree, "a.", flat)
 
 
 # --- inside a user's own program --------------------------------------------------------------------------------

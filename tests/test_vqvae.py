@@ -472,7 +472,9 @@ def test_a_moving_codebook_is_saved_and_resumed(engine: str, tmp_path: Any) -> N
 @pytest.mark.pyro
 @pytest.mark.numpyro
 def test_twins_move_alike() -> None:
-    spec = replace(SMALL, quantizer=Residual(16, 3, "ema", 0.7, 0.6, depth=2))
+    # Few codes: one that is revived onto an output leaves it no residual, and of several such the next level's nearest
+    # is a matter of rounding.
+    spec = replace(SMALL, quantizer=Residual(3, 3, "ema", 0.7, 0.6, depth=2))
     weights = ema_weights(spec)
     runs = [train(engine, spec, weights, epochs=4, batch_size=3) for engine in ("pyro", "numpyro")]
     assert sorted(runs[0].weights) == sorted(runs[1].weights)

@@ -68,20 +68,26 @@ class Spec(Part):
         """Raise InvalidArgument unless ``x`` is data that the model can have generated."""
         raise NotImplementedError
 
+    @property
+    def data_network(self) -> Any:
+        """The architecture that the likelihood reads, mirrored; None where that is none of ``elbozoo.zoo.networks``."""
+        return getattr(self, "network", None)
+
     def bias_of_mean(self, mean: np.ndarray) -> dict[str, np.ndarray]:
-        """The weight with which the model begins with data of this mean, by name, where every other bias is 0.
+        """The weight, by name, that puts the likelihood at ``mean`` where the last layer's other weights are 0.
+
+        Args:
+            mean: of the data, (data_dim,); see :class:`~elbozoo.inference.DataMean` for what it becomes.
 
         Raises: InvalidArgument for a model whose likelihood reads no network that ends in a bias.
         """
-        network = getattr(self, "network", None) or next(iter(getattr(self, "networks", ())), None)
-        likelihood = getattr(self, "likelihood", None)
-        if network is None or likelihood is None:
+        if self.data_network is None:
             todo = "Use another start, or none"
             raise must("DataMean", "start a model with a network that ends in a bias", type(self).__name__, todo)
-        outputs = np.zeros((likelihood.num_outputs, len(mean)))
-        outputs[0] = likelihood.outputs_of_mean(network.pooled(mean))
-        found = network.decoder_bias(outputs.ravel())
-        return {f"{self.data_decoder}.{name}": value for name, value in found.items()}
+        likelihood, of_bias = self.likelihood, self.data_network.pooled(mean)  # type: ignore[attr-defined]
+        outputs = np.zeros((likelihood.num_outputs, len(of_bias)))
+        outputs[0] = likelihood.outputs_of_mean(of_bias)
+        return {f"{self.data_decoder}.{self.data_network.last_bias}": outputs.ravel()}
 
     def check_data(self, x: Any, *others: Any) -> None:
         """Raise InvalidArgument unless ``x``, and what is passed after it (labels), are data of the model."""

@@ -64,6 +64,10 @@ class Hierarchy(Spec):
         return tuple(MLP((units,) * self.depth, *settings) for units in self.hidden)
 
     @property
+    def data_network(self) -> MLP:
+        return self.networks[0]
+
+    @property
     def decoder_sizes(self) -> tuple[tuple[int, int], ...]:
         """Inputs and outputs of each decoder, next to the data first; all but the first give loc and log scale."""
         outputs = (self.likelihood.num_outputs * self.data_dim, *(2 * dim for dim in self.latent_dims[:-1]))

@@ -102,6 +102,10 @@ class HierarchicalVQVAE(Spec):
         return prod(self.image_shape)
 
     @property
+    def data_network(self) -> FullyConv:
+        return self.networks[0]
+
+    @property
     def networks(self) -> tuple[FullyConv, FullyConv]:
         """Between the data and the finer map, and between that and the coarse one."""
         bottom = FullyConv(self.image_shape, self.channels, self.activation)

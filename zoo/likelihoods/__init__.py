@@ -48,7 +48,12 @@ class Likelihood(Part):
         raise NotImplementedError
 
     def outputs_of_mean(self, mean: np.ndarray) -> np.ndarray:
-        """The decoder's first outputs with which ``E[x | z]``, or the location of what has no such one, is ``mean``."""
+        """The decoder's first output for each entry at which ``E[x | z] = mean``, of its shape; any second output is 0.
+
+        A Bernoulli's is ``log(m / (1 - m))``, m being the mean within [0.001, 0.999]; a continuous Bernoulli's the root
+        l of ``1/2 + (coth(l/2) - 2/l) / 2 = m``; a Gaussian's m. A discretised logistic has its location there, which
+        at scale 1 is not its mean; an autoregressive Bernoulli its mean while A and U are 0.
+        """
         return mean
 
     def check_data_dim(self, data_dim: int) -> None:

@@ -38,11 +38,12 @@ class Network(Part):
         """Raise InvalidArgument if the network cannot read data of ``data_dim`` entries."""
 
     def pooled(self, mean: np.ndarray) -> np.ndarray:
-        """``mean`` of data, each entry replaced by its mean over those that share a bias of the decoder."""
+        """``mean`` (data_dim,) of data, over the entries that share a bias of the decoder's last layer."""
         return mean
 
-    def decoder_bias(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
-        """The last bias, by name, of a decoder that is to begin near ``outputs`` (num_outputs,), its other biases 0."""
+    @property
+    def last_bias(self) -> str:
+        """The name of the bias of the decoder's last layer, which holds every output together."""
         raise NotImplementedError
 
 
@@ -79,12 +80,27 @@ class MLP(Network):
         one_of("normalization", self.normalization, NORMALIZATIONS)
         positive("output_gain", self.output_gain)
 
-    def decoder_bias(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
-        return {f"layers.{len(self.hidden)}.bias": outputs}
+    @property
+    def last_bias(self) -> str:
+        return f"layers.{len(self.hidden)}.bias"
 
 
 @dataclasses.dataclass(frozen=True)
-class Conv(Network):
+class _OfImages(Network):
+    """A network of flat images, whose decoder ends in a convolution: one bias for all places of a channel."""
+
+    image_shape: tuple[int, ...] = (1, 28, 28)
+
+    def check_data_dim(self, data_dim: int) -> None:
+        if prod(self.image_shape) != data_dim:
+            raise must("image_shape", f"have data_dim={data_dim} entries", self.image_shape, "Change one of the two")
+
+    def pooled(self, mean: np.ndarray) -> np.ndarray:
+        return mean.reshape(self.image_shape[0], -1).mean(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv(_OfImages):
     """Convolutions on flat images, each halving the height and width, then one dense hidden layer.
 
     Encoder: 3x3 convolutions of stride 2 and padding 1 to ``channels``, flattened in (channel, row, column) order,
@@ -109,7 +125,6 @@ class Conv(Network):
         (64, 7, 7)
     """
 
-    image_shape: tuple[int, ...] = (1, 28, 28)
     channels: tuple[int, ...] = (32, 64)
     hidden: int = 256
     activation: str = "relu"
@@ -130,22 +145,13 @@ class Conv(Network):
         factor = 2 ** len(self.channels)
         return self.channels[-1], self.image_shape[1] // factor, self.image_shape[2] // factor
 
-    def check_data_dim(self, data_dim: int) -> None:
-        if prod(self.image_shape) != data_dim:
-            raise must("image_shape", f"have data_dim={data_dim} entries", self.image_shape, "Change one of the two")
-
-    def pooled(self, mean: np.ndarray) -> np.ndarray:
-        places = prod(self.image_shape[1:])
-        return np.repeat(mean.reshape(-1, places).mean(axis=1), places)
-
-    def decoder_bias(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
-        return {
-            f"convs.{len(self.channels) - 1}.bias": outputs.reshape(-1, prod(self.image_shape[1:])).mean(axis=1)
-        }  # one a channel
+    @property
+    def last_bias(self) -> str:
+        return f"convs.{len(self.channels) - 1}.bias"
 
 
 @dataclasses.dataclass(frozen=True)
-class FullyConv(Network):
+class FullyConv(_OfImages):
     """Convolutions alone: the encoder's outputs, and the decoder's inputs, are a vector at each place of a small map.
 
     Encoder: 3x3 convolutions of stride 2 and padding 1 to ``channels``, then one of stride 1 to the vectors. Decoder: a
@@ -166,7 +172,6 @@ class FullyConv(Network):
         49
     """
 
-    image_shape: tuple[int, ...] = (1, 28, 28)
     channels: tuple[int, ...] = (64, 128)
     activation: str = "relu"
 
@@ -194,15 +199,6 @@ class FullyConv(Network):
             raise must("the latents of a FullyConv network", condition, size, todo)
         return size // self.positions
 
-    def check_data_dim(self, data_dim: int) -> None:
-        if prod(self.image_shape) != data_dim:
-            raise must("image_shape", f"have data_dim={data_dim} entries", self.image_shape, "Change one of the two")
-
-    def pooled(self, mean: np.ndarray) -> np.ndarray:
-        places = prod(self.image_shape[1:])
-        return np.repeat(mean.reshape(-1, places).mean(axis=1), places)
-
-    def decoder_bias(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
-        return {
-            f"convs.{len(self.channels)}.bias": outputs.reshape(-1, prod(self.image_shape[1:])).mean(axis=1)
-        }  # one a channel
+    @property
+    def last_bias(self) -> str:
+        return f"convs.{len(self.channels)}.bias"
