@@ -2,6 +2,8 @@
 
 python tests/sweep.py killed FOLDER SEED KILLS
 python tests/sweep.py ray FOLDER
+
+Both write what they found to ``found.json`` in the folder.
 """
 
 from __future__ import annotations
@@ -86,6 +88,8 @@ def train(seed: int, scratch: Path) -> dict[str, Any]:
 
 
 EPOCHS, LONG = 8, 2.0
+FOUND = "found.json"
+"""What a nursery found, in its folder."""
 
 
 def grid(folder: Path, kinds: dict[str, int], **options: Any) -> Grid:
@@ -199,4 +203,5 @@ def on_ray(folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     what, where_to, *numbers = sys.argv[1:]
     done = {"killed": sweep_and_kill, "ray": on_ray}[what](Path(where_to), *map(int, numbers))
-    print(json.dumps(done))
+    # Not to standard output, where Ray says what became of a worker.
+    (Path(where_to) / FOUND).write_text(json.dumps(done))

@@ -53,7 +53,7 @@ def test_a_sweep_killed_ten_times_has_the_table_of_one_never_killed(tmp_path: Pa
     command = [sys.executable, str(TESTS / "sweep.py"), "killed", str(tmp_path), "1", "10"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout)
+    found = json.loads((tmp_path / sweep.FOUND).read_text())
     assert found["killed"] == [True] * 10
     assert found["codes"] == [0, 0]
     killed, whole = found["figures"]
@@ -322,7 +322,7 @@ def test_two_workers_of_ray_make_the_table_of_one_process(tmp_path: Path):
     command = [sys.executable, str(TESTS / "sweep.py"), "ray", str(tmp_path)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout)
+    found = json.loads((tmp_path / sweep.FOUND).read_text())
     assert_spread(*found["figures"], found["process"])
     assert "fail, 0: ZeroDivisionError: of no use" in found["failed"]
     assert [f is None for f in found["beside"]] == [True, False]
