@@ -269,15 +269,17 @@ def checks(cells: dict[str, Any], config: Config) -> dict[str, bool]:
         < 1e-6 * abs(split["elbo"]),
         f"I(x; z) <= log {split['num_data']}": split["mutual_information"] <= math.log(split["num_data"]),
         **_posterior_checks(cells["posterior"], "guide"),
-        **_posterior_checks(cells["optimised_posterior"], "optimised guides"),
+        **_posterior_checks(cells.get("optimised_posterior"), "optimised guides"),
         "every image of the third with the lowest k̂ is nearer to NUTS than every one of the highest": bool(apart > 0),
         "diagnose takes less than 180 s": cells["cost"]["seconds"] < 180,
         f"peak memory below 1 GiB at K = {few} and {many}": peak < GIB,
     }
 
 
-def _posterior_checks(cell: dict[str, Any], guide: str) -> dict[str, bool]:
+def _posterior_checks(cell: dict[str, Any] | None, guide: str) -> dict[str, bool]:
     """What k̂ may say of the guide's draws (it does not promise that) and of the weighted ones (it does, below 0.7)."""
+    if cell is None:
+        return {}
     k_hat = np.array(cell["k_hat"])
     low, endless = k_hat < LARGE_K, k_hat >= 1.0  # from 1 on the weights have no mean
     found = {}
@@ -296,7 +298,9 @@ def _posterior_checks(cell: dict[str, Any], guide: str) -> dict[str, bool]:
 
 def main(config: Config) -> None:
     """Measure every cell, then say which claims held."""
+    names = ["training", "likelihood", "bracket", "gaps", "surgery", "posterior", "optimised_posterior", "cost"]
     if config.smoke:
+        names.remove("optimised_posterior")  # the posterior's again, with the guides of the gaps
         small: dict[str, Any] = {"epochs": 1, "hidden": 16, "latent_dim": 2, "num_particles": 50, "num_annealed": 4}
         small |= {"num_temperatures": 2, "num_chains": 2, "num_posteriors": 3, "num_draws": 20, "num_data": 30}
         small |= {"local_steps": 5, "num_gaps": 0, "num_simulations": 20}
@@ -304,7 +308,6 @@ def main(config: Config) -> None:
         config = replace(config, data="digits", many_particles=(10, 10), results=results, smoke=False, **small)
     record = Record(config.results, __doc__ or "", config, ("numpyro",))
     bench = Bench(config, record)
-    names = ("training", "likelihood", "bracket", "gaps", "surgery", "posterior", "optimised_posterior", "cost")
     cells = {name: record.cell(name, getattr(bench, name)) for name in names}
     for k in config.many_particles:
         cells[f"memory-{k}"] = record.cell(f"memory-{k}", lambda k=k: bench.memory(k))

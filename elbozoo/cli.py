@@ -16,7 +16,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -272,17 +272,30 @@ def binarization(spec: Spec, x: np.ndarray) -> Binarize:
     return "stochastic" if grey else "none"
 
 
+@cache
+def objective_options(gradient: str) -> type:
+    """Everything that an objective can be made of, with the name of the estimator that is the default."""
+    names = {"objective": "elbo", "gradient": gradient, "shape": ""}
+    kinds = {o: (kind, names[o]) for o, kind in options.OBJECTIVE.items()}
+    about = "What is maximised. A setting in [brackets] goes with the choice it names."
+    return options.group("Objective", about, kinds, ())
+
+
+@cache
+def optimizer_options() -> type:
+    """The settings of Adam."""
+    return options.group("Optimizer", options.summary(Adam), {}, (Adam,))
+
+
+@cache
 def train_command(spec: type[Spec]) -> type[Train]:
     """``Train`` with the options of one model, and of everything that an objective can be made of."""
     defaults = {f.name: f.default_factory for f in dataclasses.fields(spec) if callable(f.default_factory)}
     pieces = {o: (kind, options.command_name(type(defaults[o]()))) for o, kind in options.nested(spec).items()}
-    names = {"objective": "elbo", "gradient": spec.fitting_gradient, "shape": ""}
-    kinds = {o: (kind, names[o]) for o, kind in options.OBJECTIVE.items()}
-    about = "What is maximised. A setting in [brackets] goes with the choice it names."
     groups = {
         "model": options.group("Model", options.summary(spec), pieces, (spec,)),
-        "objective": options.group("Objective", about, kinds, ()),
-        "optimizer": options.group("Optimizer", options.summary(Adam), {}, (Adam,)),
+        "objective": objective_options(spec.fitting_gradient),
+        "optimizer": optimizer_options(),
     }
     rows = [(name, cls, dataclasses.field(default_factory=cls)) for name, cls in groups.items()]
     made = dataclasses.make_dataclass(
@@ -710,8 +723,8 @@ COMMANDS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "diagnose": D
 COMMANDS |= {"report": Report, "bench": Bench, "list": List, "demo": Demo}
 
 
-def parser() -> Any:
-    """Every command and its options, as one type for tyro."""
+def parser(chosen: str) -> Any:
+    """The commands, as one type for tyro; the options of every model only where ``train`` is the one chosen."""
 
     def union(classes: Mapping[str, Any]) -> Any:
         members = ((cls, tyro.conf.subcommand(name, description=text)) for name, (cls, text) in classes.items())
@@ -720,11 +733,10 @@ def parser() -> Any:
     def summaries(classes: Mapping[str, type]) -> dict[str, tuple[type, str]]:
         return {name: (cls, options.summary(cls)) for name, cls in classes.items()}
 
-    models = {name: (train_command(cls), options.summary(cls)) for name, cls in options.choices(Spec).items()}
-    groups = {
-        "train": (union(models), options.summary(Train)),
-        "bench": (union(summaries(BENCH)), options.summary(Bench)),
-    }
+    groups: dict[str, tuple[Any, str]] = {"bench": (union(summaries(BENCH)), options.summary(Bench))}
+    if chosen == "train":
+        models = {name: (train_command(cls), options.summary(cls)) for name, cls in options.choices(Spec).items()}
+        groups["train"] = union(models), options.summary(Train)
     return union({**summaries(COMMANDS), **groups})
 
 
@@ -749,7 +761,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if known and not word.startswith("-"):
                 one_of(what, word, known)
         config = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
-        command = tyro.cli(parser(), prog="elbozoo", description=about, args=argv, config=config)
+        command = tyro.cli(parser(argv[0]), prog="elbozoo", description=about, args=argv, config=config)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: complain("warning", message)
             command(shlex.join(["elbozoo", *argv]))

@@ -12,6 +12,7 @@ import re
 import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from itertools import takewhile
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -38,6 +39,7 @@ def command_name(cls: type) -> str:
     return re.sub(r"(?<=[a-z]{2})(?=[A-Z])|(?<=[a-z])(?=[A-Z][a-z]{2})", "-", cls.__name__).lower()
 
 
+@cache
 def choices(kind: type) -> dict[str, type]:
     """Every public class of one kind, by its name on the command line."""
     public = (getattr(module, name) for module in (inference, zoo, guides) for name in module.__all__)
@@ -57,6 +59,7 @@ def summary(cls: type) -> str:
     return plain(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0])
 
 
+@cache
 def arguments(cls: type) -> dict[str, str]:
     """What the "Args" section of a docstring (and of its bases') says of each argument, as plain text."""
     found: dict[str, str] = {}
@@ -87,6 +90,7 @@ class Setting(NamedTuple):
     help: str
 
 
+@cache
 def settings(cls: type) -> dict[str, Setting]:
     """The fields of a part that are plain values; those that hold parts are chosen by name instead."""
     hints, said = get_type_hints(cls), arguments(cls)
