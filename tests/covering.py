@@ -1,4 +1,9 @@
-"""Rows of a test that runs in both engines; ``ELBOZOO_EVERY_ROW=1`` runs all of them in both."""
+"""Rows of a test that runs in both engines; ``ELBOZOO_EVERY_ROW=1`` runs all of them in both.
+
+Pyro runs everything; NumPyro compiles every program, which costs three times as much, and runs by default what is its own:
+its trace reader, its trainer, each model's densities and gradients against Pyro's (``test_twins.py``), every estimator
+against quadrature on some program, one exact answer and one training for each kind of model and instrument.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ def covering(
     Args:
         names: argument names, separated by commas.
         rows: as for ``pytest.mark.parametrize``.
-        numpyro: indices of rows.
+        numpyro: indices of rows; none where other tests have what is NumPyro's own.
         ids: what a row, or each value of one, is called.
     """
     several = "," in names

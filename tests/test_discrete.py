@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
-from covering import covering
+from covering import PYRO_ALONE, covering
 from oracles import BINARY_LAYERS, DISCRETE, ONE_HOT, ONE_SITE, Nodes, Params, Toy, bernoulli, normal
 from scipy.optimize import minimize
 from scipy.special import expit
@@ -99,7 +99,7 @@ def gauss_legendre(num: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([x for x, _ in pieces]), np.concatenate([w for _, w in pieces])
 
 
-@pytest.mark.parametrize("hard", [False, True], ids=["soft", "straight-through"])
+@covering("hard", (False, True), numpyro=(1,), ids=lambda hard: "straight-through" if hard else "soft")
 def test_gumbel_softmax_follows_its_relaxed_program(engine: str, hard: bool) -> None:
     """And not the discrete model: the bias is plain, and is what the docstring warns of."""
     temperature = 0.7
@@ -134,7 +134,7 @@ def held_weights(num_particles: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return b1, b2, np.exp(log_guide(p, b1, b2)).prod(axis=0), log_joint(p, b1, b2) - log_guide(p, b1, b2)
 
 
-@pytest.mark.parametrize(("wake", "sleep"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)])
+@covering("wake,sleep", ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5)), numpyro=(2,), ids=str)
 def test_reweighted_wake_sleep_follows_its_own_definition(engine: str, wake: float, sleep: float) -> None:
     """Bornschein & Bengio 2015, eqs. 4, 8, 9, with weights, draws and dreams of fixed parameters, enumerated."""
     b1, b2, probability, log_weight = held_weights(3)
@@ -179,6 +179,7 @@ def test_the_sleep_phase_shows_the_guide_what_the_model_dreams(engine: str) -> N
     close({n: found[n] for n in toy.guide_names}, oracles.differentiate(climbed, at, toy.guide_names))
 
 
+@PYRO_ALONE  # written once for both engines
 def test_the_thermodynamic_covariance_follows_its_own_definition(engine: str) -> None:
     """Masrani et al. 2019, eq. 12, each expectation by self-normalised weights of fixed parameters, enumerated."""
     b1, b2, probability, log_weight = held_weights(3)
@@ -244,7 +245,7 @@ def losses(engine: str, objective: Any, seeds: int) -> np.ndarray:
     return np.array([-float(Loss(objective).loss(model, guide, x)) for _ in range(seeds)])
 
 
-@pytest.mark.parametrize("gradient", [GumbelSoftmax(0.5), REBAR(), RELAX(), DisARM()], ids=lambda g: type(g).__name__)
+@covering("gradient", (GumbelSoftmax(0.5), REBAR(), RELAX(), DisARM()), ids=lambda g: type(g).__name__)
 def test_what_is_reported_is_of_the_discrete_model(engine: str, gradient: Any) -> None:
     """Every value is one of the four that the states allow, never one of a relaxed state."""
     *_, log_weight = held_weights(1)
@@ -257,7 +258,7 @@ def test_what_is_reported_is_of_the_discrete_model(engine: str, gradient: Any) -
 @covering(
     "gradient,logit",
     list(itertools.product((GumbelSoftmax(0.5), REBAR(0.5), RELAX(), DisARM(), ARM()), (800.0, -800.0))),
-    numpyro=(0, 2, 5),
+    numpyro=(0, 5),
     ids=lambda v: v if isinstance(v, float) else type(v).__name__,
 )
 def test_an_all_but_sure_state_has_a_finite_gradient(engine: str, gradient: Any, logit: float) -> None:
@@ -569,7 +570,7 @@ def differences(moment: Any, own: dict[str, np.ndarray]) -> dict[str, np.ndarray
 @covering(
     "case,learned",
     list(itertools.product(("two sites", "two particles", "one hot"), (False, True))),
-    numpyro=(1, 2, 5),
+    numpyro=(5,),
     ids=lambda v: {False: "REBAR", True: "RELAX"}.get(v, v),
 )
 def test_a_control_variate_is_trained_on_the_variance(engine: str, case: str, learned: bool) -> None:
@@ -861,7 +862,7 @@ BINARY = (np.random.default_rng(1).random((24, 6)) < 0.4).astype(float)
         REBAR(adapt=True),
         RELAX(network_units=4),
     ],
-    numpyro=(1, 4),
+    numpyro=(4,),
     ids=lambda g: type(g).__name__,
 )
 def test_training_resumes_with_what_the_estimator_knows(engine: str, gradient: Any, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
+from covering import covering
 from oracles import library
 from scipy import stats
 
@@ -943,7 +944,7 @@ def test_the_same_values_give_the_same_terms_in_both_engines() -> None:
                     np.testing.assert_allclose(mine, other, rtol=1e-10)
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
+@covering("vectorize", (True, False), ids=lambda v: "vectorised" if v else "looped")
 @pytest.mark.filterwarnings("ignore:IWAE. a sample site lies outside:UserWarning")
 def test_estimators_where_sites_have_different_plates(engine: str, vectorize: bool) -> None:
     """One latent a group, one an item, one weight a group: gradients by the guide's mean m, written out at the drawn values."""

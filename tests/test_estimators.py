@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from as_users import as_users_run_it  # noqa: F401
+from covering import PYRO_ALONE
 
 from elbozoo.benchmarks.estimators import Config, claims, fitting, grid_of, main, slopes
 from elbozoo.inference.errors import InvalidArgument
@@ -57,6 +58,7 @@ def own(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     )  # fmt: skip
 
 
+@PYRO_ALONE  # written once for both engines
 def test_a_program_of_the_user_s_own(own: Config, engine: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(own)
     cells = json.loads(own.results.read_text())["cells"]

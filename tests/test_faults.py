@@ -262,6 +262,7 @@ def linear(engine: str, **options: Any) -> Any:
     return fit(getattr(LinearVAE(3, 2, scale=0.5), engine)(), options.pop("data", data()), **(defaults | options))
 
 
+@PYRO_ALONE  # written once for both engines
 def test_interrupted_and_resumed_in_one_process(engine: str, tmp_path: Path) -> None:
     """As above without the drama: stopped after each epoch, and the history goes on where it was."""
     linear(engine, epochs=4, directory=tmp_path / "whole", valid=data(10))
@@ -692,7 +693,7 @@ CASES: dict[str, tuple[Any, int, dict[str, set[str]]]] = {
 }
 
 
-@covering("case", tuple(CASES), numpyro=(0, 3))
+@covering("case", tuple(CASES), numpyro=(3,))
 def test_a_non_finite_value_stops_at_the_last_good_state(engine: str, case: str, tmp_path: Path) -> None:
     """Site, step and run; the run has the weights of one that stopped by itself before that step (3 steps an epoch)."""
     rate, step, sites = CASES[case]
@@ -740,7 +741,7 @@ def replay(engine: str, rate: Any, steps: int) -> dict[str, np.ndarray]:
     return trainer.programs()[0].weights
 
 
-@pytest.mark.parametrize("batch_size", [60, 4])
+@covering("batch_size", (60, 4), numpyro=(1,))
 def test_a_gradient_that_is_none_names_the_parameter(engine: str, batch_size: int) -> None:
     """The bound is finite; ``sqrt`` has no gradient at 0."""
     with pytest.raises(NonFinite) as info:
@@ -750,6 +751,7 @@ def test_a_gradient_that_is_none_names_the_parameter(engine: str, batch_size: in
     assert info.value.run.weights["tilt"] == 0.0
 
 
+@PYRO_ALONE  # written once for both engines
 def test_a_gradient_that_is_none_between_two_that_are_measured(engine: str) -> None:
     """In 15 steps an epoch NumPyro measures every tenth; the step is found by what the parameters are after it."""
     error = stops(engine=engine, epochs=2, batch_size=4, learning_rate=Undefined(7), objective=ELBO())
@@ -934,7 +936,7 @@ def test_bad_data_are_refused(engine: str, case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@covering("binarize", ("stochastic", "static", "threshold"), numpyro=(0,))
+@covering("binarize", ("stochastic", "static", "threshold"), numpyro=())
 def test_grey_pixels_are_taken_when_they_are_binarised(engine: str, binarize: str) -> None:
     run = fit(getattr(bad_spec(Bernoulli()), engine)(), GREY, binarize=binarize, epochs=1, valid=GREY, progress=False)
     assert np.isfinite(run.evaluate(GREY, num_particles=2).nll)
@@ -1057,6 +1059,7 @@ def test_a_program_without_weights_is_not_evaluated() -> None:
         evaluate(LinearVAE(3, 2).numpyro(), data(), num_particles=2)
 
 
+@PYRO_ALONE  # written once for both engines
 @pytest.mark.parametrize(
     "objective",
     [AnnealedKL(ELBO(), warmup=3.0), AnnealedKL(ELBO(), warmup=7.0, unit="steps"), Capacity(ELBO(), warmup=3.0)],

@@ -329,6 +329,7 @@ def test_epochs_of_so_many_steps_go_on_through_the_data(engine: str) -> None:
         fit(made, x, epoch_steps=0, **options)
 
 
+@PYRO_ALONE  # written once for both engines
 def test_training_stops_by_the_clock(engine: str) -> None:
     x = binary(24)
     made = getattr(VAE(data_dim=x.shape[1], latent_dim=2), engine)()
@@ -361,6 +362,7 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(engine: str) -> None:
         assert not np.array_equal(one.weights[name], other.weights[name]), name
 
 
+@PYRO_ALONE  # written once for both engines
 def test_held_out_data_do_not_touch_training(engine: str) -> None:
     """Neither the noise that follows, nor the statistics of a batch normalisation."""
     user = program(engine, "batch_norm")
@@ -368,6 +370,7 @@ def test_held_out_data_do_not_touch_training(engine: str) -> None:
     assert same_weights(*(run.weights for run in batch_norm))
 
 
+@PYRO_ALONE  # written once for both engines
 def test_progress_and_checkpoints_do_not_touch_training(engine: str, tmp_path: Path) -> None:
     plain, watched = digits(engine), digits(engine, directory=tmp_path, progress=True)
     assert same_weights(plain.weights, watched.weights)
@@ -585,7 +588,7 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("case", KEYS)
+@covering("case", tuple(KEYS), numpyro=(3,))
 def test_history_has_one_row_an_epoch_with_these_keys(engine: str, case: str) -> None:
     options, more = KEYS[case]
     run = linear(engine, **options)
@@ -616,6 +619,7 @@ def test_training_climbs(engine: str) -> None:
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
+@PYRO_ALONE  # written once for both engines
 def test_images_are_flattened(engine: str) -> None:
     assert same_weights(digits(engine).weights, digits(engine, data=DIGITS.reshape(-1, 64)).weights)
 
@@ -655,6 +659,7 @@ def test_pixels_are_redrawn_at_every_step_or_never(engine: str) -> None:
     assert 0.4 < redrawn.var(ddof=1) / variance < 2.1  # chi-squared with 29 degrees of freedom: 1e-3 to each side
 
 
+@PYRO_ALONE  # written once for both engines
 def test_a_tuple_of_arrays_goes_to_model_and_guide(engine: str) -> None:
     x = data()
     y = x @ [1.0, -2.0, 0.5]
@@ -703,7 +708,7 @@ def test_a_trained_program_goes_on_from_its_weights(engine: str) -> None:
     assert np.abs(still.weights["decoder.weight"] - before["decoder.weight"]).max() > 0.1
 
 
-@covering("name", ("functions", "modules", "batch_norm"), numpyro=(0, 2))
+@covering("name", ("functions", "modules", "batch_norm"), numpyro=(2,))
 def test_programs_of_the_user_s_own(engine: str, name: str, tmp_path: Path) -> None:
     run = quick(engine, name, epochs=20, learning_rate=0.02, objective=IWAE(2), directory=tmp_path)
     assert run.history[-1]["bound"] > run.history[0]["bound"] + 0.3

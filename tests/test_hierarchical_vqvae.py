@@ -135,7 +135,7 @@ def densities(terms: Any) -> dict[str, Any]:
 # --- the bound --------------------------------------------------------------------------------------------------
 
 
-@covering("quantizer", (BOOK, RESIDUAL, GRID), numpyro=(1,), ids=lambda q: type(q).__name__)
+@covering("quantizer", (BOOK, RESIDUAL, GRID), numpyro=(), ids=lambda q: type(q).__name__)
 def test_the_bound_is_distortion_and_the_codes_logarithms(engine: str, quantizer: Quantizer) -> None:
     spec = replace(SMALL, quantizer=quantizer)
     weights = weights_of(spec)
@@ -273,7 +273,7 @@ def test_the_priors_gradient_does_not_reach_the_codes(engine: str) -> None:
     assert moved == set(priors) - {"priors.1.embedding"}, "the one place at the top has none before it"
 
 
-@covering("gradient", (None, DReG(), ScoreFunction()), numpyro=(0,), ids=lambda g: type(g).__name__)
+@covering("gradient", (None, DReG(), ScoreFunction()), numpyro=(), ids=lambda g: type(g).__name__)
 def test_other_gradients_are_refused(engine: str, gradient: Any) -> None:
     objective = ELBO() if gradient is None else ELBO(gradient=gradient)
     with pytest.raises(Refused, match=r"site 'z\d' under .* must have a gradient.*Use gradient=StraightThrough\(\)"):

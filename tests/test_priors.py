@@ -170,6 +170,7 @@ def test_one_pseudo_input_is_that_posterior(engine: str, guide: Any) -> None:
     np.testing.assert_allclose(numpy(model.prior_distribution().log_prob(array(engine, z))), expected, rtol=1e-12)
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_one_component_is_a_gaussian(engine: str) -> None:
     spec = replace(SMALL, prior=MixturePrior(num_components=1))
     weights, z = random_weights(spec), np.random.default_rng(1).normal(size=(7, 2))
@@ -227,6 +228,7 @@ def initial(engine: str, spec: VAE) -> dict[str, np.ndarray]:
     return to_torch_layout(spec.numpyro().init(jax.random.key(0), np.zeros((1, spec.data_dim)))[0])
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 @pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_each_parameter_has_one_name(engine: str, spec: VAE) -> None:
     base = {f"{part}.layers.0.{kind}" for part in ("encoder", "decoder") for kind in ("weight", "bias")}
@@ -421,7 +423,7 @@ def test_likelihoods_by_importance_sampling_and_annealing_are_the_quadrature(eng
     assert (np.abs(annealed.log_lik_estimate - exact) < 5 * (1 / annealed.ess - 1 / 200) ** 0.5).all()
 
 
-@covering("guide", (DiagonalGaussian(), FullCovarianceGaussian()), numpyro=(1,), ids=name_of)
+@covering("guide", (DiagonalGaussian(), FullCovarianceGaussian()), numpyro=(), ids=name_of)
 def test_pseudo_inputs_equal_to_the_data_make_the_prior_the_aggregate_posterior(engine: str, guide: Any) -> None:
     """Then ``KL(q(z) || p(z))`` is 0 draw by draw, and the rate is the information."""
     x = standard_sample(20)
@@ -471,6 +473,7 @@ def test_arviz_has_the_priors_draws(engine: str, spec: VAE) -> None:
     assert idata["prior_predictive"]["x"].shape == (1, 300, 10, 4)
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 @pytest.mark.parametrize("spec", SPECS[2:], ids=name_of)
 def test_gaps_are_of_the_programs_own_posterior(engine: str, spec: VAE) -> None:
     """A guide optimised for each datum by itself, the encoder inside the prior held constant."""
@@ -507,7 +510,7 @@ def test_a_traced_step_is_the_step_to_the_bit(spec: VAE, objective: Any) -> None
     assert {n for n in found[0] if n.startswith("params/prior")} == {f"params/{n}" for n in NAMES[name_of(spec)]}
 
 
-@covering("spec", SPECS[1:], numpyro=(1,), ids=name_of)
+@covering("spec", SPECS[1:], numpyro=(), ids=name_of)
 def test_a_learned_prior_ends_nearer_to_the_aggregate_posterior(engine: str, spec: VAE) -> None:
     """Data of three clusters, which N(0, I) cannot be the aggregate of: a learned prior has the better bound."""
     rng = np.random.default_rng(0)
@@ -597,6 +600,7 @@ def test_a_prior_is_an_instance_of_one() -> None:
         VAE(prior=Gaussian())
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_a_vamp_prior_without_an_encoder_is_refused(engine: str) -> None:
     assert [prior.needs_encoder for prior in (StandardNormal(), *LEARNED)] == [False, False, True]
     for spec in (StandardNormal(), *LEARNED):
@@ -630,6 +634,7 @@ def flow_density(engine: str, prior: Prior, z: np.ndarray, seed: int = 3) -> tup
     return found[:, 0], weights
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_a_flow_prior_of_a_gaussian_is_one(engine: str) -> None:
     z = np.random.default_rng(0).normal(size=(5, 2))
     found, weights = flow_density(engine, FlowPrior(DiagonalGaussian()), z)
@@ -637,6 +642,7 @@ def test_a_flow_prior_of_a_gaussian_is_one(engine: str) -> None:
     np.testing.assert_allclose(found, stats.norm.logpdf(z, loc, np.exp(log_scale)).sum(-1), 1e-12)
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_a_flow_prior_integrates_to_one_and_is_none(engine: str) -> None:
     """By the trapezoidal rule; and it is no Gaussian: its log density is not quadratic."""
     axis, step = np.linspace(-14, 14, 561, retstep=True)
@@ -649,6 +655,7 @@ def test_a_flow_prior_integrates_to_one_and_is_none(engine: str) -> None:
     assert np.abs(third).max() > 1e-3
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_a_flow_prior_trains_under_every_estimator(engine: str) -> None:
     x = standard_sample(200)
     flow = FlowPrior(NeuralSplineFlow(num_flows=1, flow_hidden=(4,), context_dim=2))

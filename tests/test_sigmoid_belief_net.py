@@ -139,7 +139,7 @@ def test_draws_of_the_guide_have_its_probabilities(engine: str, spec: SigmoidBel
     assert (error < 0.02).all(), "no power"
 
 
-@covering("spec", FACTORISED, numpyro=(2,), ids=str)
+@covering("spec", FACTORISED, numpyro=(), ids=str)
 def test_enumeration_is_the_elbo(engine: str, spec: SigmoidBeliefNet) -> None:
     weights, layers = weights_of(spec), states(spec)
     joint, guide = log_joint(weights, layers, X), log_guide(weights, layers, X)
@@ -150,7 +150,7 @@ def test_enumeration_is_the_elbo(engine: str, spec: SigmoidBeliefNet) -> None:
         np.testing.assert_allclose(found, elbo, rtol=1e-11)
 
 
-@covering("spec", TINY, numpyro=(3,), ids=str)
+@covering("spec", TINY, numpyro=(), ids=str)
 def test_the_top_layer_alone_has_its_kl_in_closed_form(engine: str, spec: SigmoidBeliefNet) -> None:
     """Its prior has no parents; those of the others are drawn after them by a guide that climbs."""
     weights, layers, top = weights_of(spec), states(spec), len(spec.latent_dims)
@@ -164,7 +164,7 @@ def test_the_top_layer_alone_has_its_kl_in_closed_form(engine: str, spec: Sigmoi
     np.testing.assert_allclose(found[f"z{top}"], np.broadcast_to(kl, found[f"z{top}"].shape), rtol=1e-10)
 
 
-@covering("spec", FACTORISED, numpyro=(2,), ids=str)
+@covering("spec", FACTORISED, numpyro=(), ids=str)
 def test_between_the_states_both_densities_are_continued(engine: str, spec: SigmoidBeliefNet) -> None:
     """What a relaxation trains on: each log probability linear in its unit, the networks at 2 z - 1."""
     rng, weights = np.random.default_rng(0), weights_of(spec)
@@ -175,6 +175,7 @@ def test_between_the_states_both_densities_are_continued(engine: str, spec: Sigm
     np.testing.assert_allclose(guide, log_guide(weights, layers, X), rtol=1e-11)
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_whole_number_states_are_as_good_as_floats(engine: str) -> None:
     values = named(states(TINY[2]))
     program = trained(engine, TINY[2])
@@ -222,7 +223,7 @@ def test_it_trains(engine: str, objective: Any) -> None:
             assert array.all(), weight
 
 
-@covering("objective", ANY_FAMILY, numpyro=(1,), ids=name)
+@covering("objective", ANY_FAMILY, numpyro=(), ids=name)
 def test_it_trains_with_an_autoregressive_guide(engine: str, objective: Any) -> None:
     program = getattr(SigmoidBeliefNet(5, (3, 2), autoregressive_guide=True), engine)()
     run = fit(program, data(), objective=objective, epochs=2, batch_size=16, progress=False)
@@ -234,6 +235,7 @@ def test_it_trains_with_an_autoregressive_guide(engine: str, objective: Any) -> 
         assert not within[~below].any()
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_training_finds_the_evidence(engine: str) -> None:
     """Data of two patterns: a net with one binary unit can tell them apart, and its bound then is their entropy."""
     x = np.repeat([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]], 32, axis=0)
@@ -253,7 +255,7 @@ def test_to_arviz_holds_the_states(engine: str) -> None:
 
 
 @covering(
-    "gradient", (DisARM(), REBAR(), RELAX(), GumbelSoftmax(), Enumerate()), numpyro=(0,), ids=lambda g: type(g).__name__
+    "gradient", (DisARM(), REBAR(), RELAX(), GumbelSoftmax(), Enumerate()), numpyro=(), ids=lambda g: type(g).__name__
 )
 def test_gradients_that_look_at_the_logits_refuse_the_autoregressive_guide(engine: str, gradient: Any) -> None:
     program = getattr(SigmoidBeliefNet(5, (3,), autoregressive_guide=True), engine)()
@@ -261,6 +263,7 @@ def test_gradients_that_look_at_the_logits_refuse_the_autoregressive_guide(engin
         fit(program, data(), objective=ELBO(gradient=gradient), epochs=1, progress=False)
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_the_pathwise_gradient_is_refused(engine: str) -> None:
     program = getattr(SigmoidBeliefNet(5, (3,)), engine)()
     with pytest.raises(Refused, match="site 'z1' under Pathwise must have a reparameterised guide"):

@@ -105,7 +105,7 @@ def log_prior(terms: Any) -> Any:
 # --- the bound --------------------------------------------------------------------------------------------------
 
 
-@covering("quantizer", (BOOK, RESIDUAL, GRID), numpyro=(2,), ids=lambda q: type(q).__name__)
+@covering("quantizer", (BOOK, RESIDUAL, GRID), numpyro=(), ids=lambda q: type(q).__name__)
 def test_the_bound_is_distortion_and_the_codes_logarithms(engine: str, quantizer: Quantizer) -> None:
     spec = replace(SMALL, quantizer=quantizer)
     weights = random_weights(spec)
@@ -121,7 +121,7 @@ def test_the_bound_is_distortion_and_the_codes_logarithms(engine: str, quantizer
     assert (terms["log_guide"] == 0).all()
 
 
-@covering("spec", (SMALL, replace(SMALL, **AUTOREGRESSIVE)), numpyro=(1,), ids=lambda s: s.prior)
+@covering("spec", (SMALL, replace(SMALL, **AUTOREGRESSIVE)), numpyro=(), ids=lambda s: s.prior)
 def test_the_evidence_by_every_code_is_above_the_bound(engine: str, spec: VQVAE) -> None:
     weights = random_weights(spec)
     found = program(engine, spec, weights)
@@ -153,6 +153,7 @@ def test_the_prior_draws_what_it_says(engine: str) -> None:
     assert np.ptp(p) > 20 / num
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_what_is_no_code_has_no_mass(engine: str) -> None:
     weights = random_weights(SMALL)
     found = program(engine, SMALL, weights)
@@ -161,6 +162,7 @@ def test_what_is_no_code_has_no_mass(engine: str) -> None:
     assert np.isneginf(terms["log_guide"]).all()
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_the_grid_rounds_each_entry(engine: str) -> None:
     spec = replace(SMALL, quantizer=FiniteScalar((8, 5, 3)))
     weights = random_weights(spec)
@@ -237,7 +239,7 @@ def test_every_parts_gradient_is_its_definitions(engine: str, quantizer: Quantiz
         np.testing.assert_allclose(-np.asarray(found[name]), expected, 1e-5, 1e-7, err_msg=name)
 
 
-@covering("objective", (IWAE(3, gradient=StraightThrough()), PIWAE(2, 2, gradient=StraightThrough())), numpyro=(1,))
+@covering("objective", (IWAE(3, gradient=StraightThrough()), PIWAE(2, 2, gradient=StraightThrough())), numpyro=())
 def test_equal_particles_are_one(engine: str, objective: Any) -> None:
     weights = random_weights(SMALL)
     one = gradient(engine, SMALL, weights, ELBO(gradient=StraightThrough()))
@@ -336,7 +338,7 @@ def test_a_bernoullis_straight_through_gradient(engine: str, seed: int) -> None:
 @covering(
     "gradient",
     (None, DReG(), ScoreFunction()),
-    numpyro=(0,),
+    numpyro=(),
     ids=lambda g: "default" if g is None else type(g).__name__,
 )
 def test_other_gradients_are_refused(engine: str, gradient: Any) -> None:
@@ -345,6 +347,7 @@ def test_other_gradients_are_refused(engine: str, gradient: Any) -> None:
         fit(getattr(SMALL, engine)(), X, objective=objective, epochs=1, progress=False)
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_straight_through_is_refused_where_nothing_is_discrete(engine: str) -> None:
     vae = VAE(6, 2, MLP((5,)), guide=DiagonalGaussian())
     with pytest.raises(Refused, match=r"under StraightThrough must have a site .*Use gradient=Pathwise\(\)"):
@@ -502,6 +505,7 @@ def test_dead_codes_are_moved_onto_outputs(engine: str, num_dead: int) -> None:
         np.testing.assert_allclose(codes[num_dead:], expected, 1e-10)
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_more_codes_than_outputs(engine: str) -> None:
     spec = replace(SMALL, quantizer=Codebook(40, 3, "ema", 0.5, revive=0.9))
     weights = ema_weights(spec)
@@ -520,6 +524,7 @@ def test_more_codes_than_outputs(engine: str) -> None:
 # --- in use -----------------------------------------------------------------------------------------------------
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_code_usage(engine: str) -> None:
     spec = replace(SMALL, quantizer=RESIDUAL)
     weights = random_weights(spec)
@@ -543,6 +548,7 @@ def test_one_code_carries_nothing(engine: str) -> None:
     assert code_usage(run.program, X).perplexity == [1.0]
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_a_learned_prior_lowers_the_rate(engine: str) -> None:
     x = np.eye(6)[np.arange(64) % 2]  # two data, so one or two pairs of codes
     spec = replace(SMALL, quantizer=Codebook(8, 3), **AUTOREGRESSIVE | {"prior_layers": 1})
@@ -599,6 +605,7 @@ def test_bad_input(make: Any, message: str) -> None:
         make()
 
 
+@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_latents_that_the_places_do_not_divide(engine: str) -> None:
     vae = VAE(16, 3, FullyConv((1, 4, 4), (3,)))
     with pytest.raises(InvalidArgument, match="must be a multiple of its 4 places; got"):
