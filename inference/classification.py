@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 
 from elbozoo.inference.data import prepare
 from elbozoo.inference.errors import must
@@ -100,6 +99,8 @@ def cluster_accuracy(clusters: Float[np.ndarray, "N C"] | Int[np.ndarray, " N"],
     Limits: chance is above 1/C; clusters beyond the number of classes all count as wrong.
     References: Yang et al. 2010; Jiang et al. 2017 (arXiv 1611.05148), section 4.
     """
+    from scipy.optimize import linear_sum_assignment  # here, for it takes half a second
+
     found = clusters.argmax(-1) if clusters.ndim == 2 else _labels(clusters, len(clusters), "clusters")
     truth = _labels(labels, len(found))
     counts = np.zeros((int(found.max()) + 1, int(truth.max()) + 1))

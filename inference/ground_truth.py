@@ -13,12 +13,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import xarray
 from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from scipy.spatial.distance import cdist
 
 from elbozoo.inference.data import prepare_to_measure
 from elbozoo.inference.errors import InvalidArgument, NonFinite, must
@@ -499,13 +497,14 @@ def _check(values: Mapping[str, np.ndarray], events: Mapping[str, tuple[int, ...
 # --- the comparison ---------------------------------------------------------------------------------------------
 
 
-def _mixing(nuts: xarray.Dataset, guide: xarray.Dataset, weighted: xarray.Dataset) -> dict[str, dict[str, np.ndarray]]:
+def _mixing(nuts: Any, guide: Any, weighted: Any) -> dict[str, dict[str, np.ndarray]]:
     """R-hat across NUTS and each of the others, NUTS's own, and its effective sample size, each ``(N, D)`` by site."""
-    import arviz  # here, for it takes seconds
+    import arviz  # here, for these take seconds
+    import xarray
 
     chains = nuts.sizes["chain"]
 
-    def with_nuts(other: xarray.Dataset) -> xarray.Dataset:
+    def with_nuts(other: Any) -> Any:
         return xarray.concat([nuts, other.assign_coords(chain=np.arange(chains, 2 * chains))], dim="chain")
 
     found = {
@@ -568,5 +567,7 @@ def energy_distance(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) ->
 
 def _mean_distance(x: np.ndarray, y: np.ndarray) -> float:
     """The mean Euclidean distance over all pairs, some rows at a time."""
+    from scipy.spatial.distance import cdist  # here, for it takes half a second
+
     total = sum(float(cdist(x[start : start + _ROWS], y).sum()) for start in range(0, len(x), _ROWS))
     return total / (len(x) * len(y))

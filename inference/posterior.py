@@ -8,7 +8,6 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import xarray
 
 from elbozoo._version import __version__
 from elbozoo.inference.arrays import logsumexp, softmax
@@ -152,13 +151,15 @@ def attributes(program: Any, num_draws: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _wrap(groups: Mapping[str, xarray.Dataset], attrs: Mapping[str, Any]) -> Any:
+def _wrap(groups: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
     """The container of the installed ArviZ: the one place where its versions differ."""
     if version("arviz").startswith("0."):
         import arviz  # here, for it takes seconds and 1.x has no need of it
 
         inference_data: Any = arviz.InferenceData
         return inference_data(attrs=dict(attrs), **groups)
+    import xarray
+
     tree = xarray.DataTree.from_dict(dict(groups))
     tree.attrs = dict(attrs)
     return tree
@@ -273,7 +274,10 @@ def may_be(arrays: Sequence[np.ndarray], shapes: Mapping[str, tuple[int, ...]]) 
 
 def _datasets(
     groups: Mapping[str, Variables], coords: Mapping[str, Sequence[Any]], attrs: Mapping[str, Any]
-) -> dict[str, xarray.Dataset]:
+) -> dict[str, Any]:
+    """An ``xarray.Dataset`` a group."""
+    import xarray  # here, for it brings pandas, which takes a second
+
     groups = {group: {n: _chained(v) for n, v in variables.items()} for group, variables in groups.items()}
     sizes: dict[str, int] = {}
     for variables in groups.values():

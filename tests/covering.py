@@ -16,7 +16,11 @@ import pytest
 EVERY_ROW = bool(os.environ.get("ELBOZOO_EVERY_ROW"))
 
 PYRO_ALONE = pytest.mark.parametrize("engine", ["numpyro", "pyro"] if EVERY_ROW else ["pyro"])
-"""A test of what is written once for both engines, or whose NumPyro side a twin's parity covers: Pyro compiles nothing."""
+"""A test of what is written once for both engines, or whose NumPyro side other tests run. Pyro compiles nothing.
+
+``test_twins.py`` holds NumPyro's log densities and their gradients at given values against Pyro's: no draws, no initial
+weights, no trainer.
+"""
 
 
 def covering(

@@ -49,7 +49,7 @@ def test_meets_the_closed_form(engine: str, start: Any, rng: np.random.Generator
     assert found.acceptance > 0.4
 
 
-@PYRO_ALONE  # written once for both engines
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_the_last_states_are_posterior_draws(engine: str, rng: np.random.Generator) -> None:
     spec = LinearVAE(data_dim=4, latent_dim=2, scale=0.6)
     w, x = weights(rng, spec), rng.normal(size=(3, 4))
@@ -100,7 +100,7 @@ def gamma_program(engine: str) -> Callable:
     return wrapped(engine, model, guide)
 
 
-@covering("start", ("guide", "prior"), numpyro=())
+@covering("start", ("guide", "prior"), numpyro=(0,))
 def test_bounded_and_dependent_latents_meet_quadrature(engine: str, start: Any) -> None:
     x = np.array([0.3, 1.0, 2.5, 4.0])
 
@@ -113,7 +113,7 @@ def test_bounded_and_dependent_latents_meet_quadrature(engine: str, start: Any) 
     assert found.mc_se < 0.1
 
 
-@PYRO_ALONE  # written once for both engines
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_the_prior_start_knows_nothing_of_the_guide(engine: str, rng: np.random.Generator) -> None:
     spec = LinearVAE(data_dim=4, latent_dim=2, scale=0.6)
     w, x = weights(rng, spec), rng.normal(size=(4, 4))
@@ -213,7 +213,6 @@ def chain(engine: str) -> Any:
     return wrapped(engine, model, guide)
 
 
-@PYRO_ALONE  # written once for both engines
 def test_what_is_simulated_is_one_draw_of_the_whole_model(engine: str) -> None:
     """The second observed site follows the first's draw, and the bound from above is of the same data."""
     a = np.full(200, 5.0)

@@ -186,7 +186,6 @@ def test_every_state_under_the_autoregressive_guide(engine: str) -> None:
     assert np.ptp(conditional, axis=0).max() > 0.1, "the later latents see the first one"
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_draws_of_the_autoregressive_guide_have_its_probabilities(engine: str) -> None:
     """State by state, and so the ELBO of one particle in expectation, which is told apart from that of none."""
     z, joint, guide = log_densities(weights_of(AUTOREGRESSIVE), X)
@@ -208,7 +207,7 @@ def drawn_and_weighed(terms: Any) -> Any:
     return {"z": terms.values["z"], "log_weight": terms.log_weight}
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_a_guide_that_sees_nothing_before_it_is_the_factorised_one(engine: str) -> None:
     """And so it is at first: what is on and above the diagonal never counts."""
     factorised = CategoricalVAE(3, 3, 3, MLP((4,)))
@@ -225,7 +224,7 @@ def test_a_guide_that_sees_nothing_before_it_is_the_factorised_one(engine: str) 
     assert not initial_weights(engine, AUTOREGRESSIVE)["posterior.autoregression"].any()
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 @pytest.mark.parametrize(
     "objective", [ELBO(gradient=ScoreFunction(baseline="none")), IWAE(2, VIMCO())], ids=["score-function", "vimco"]
 )
@@ -277,7 +276,7 @@ def weighted_gradient(engine: str, objective: Any, x: np.ndarray, z: np.ndarray,
     return to_torch_layout(jax.jit(jax.grad(surrogate))(found.params))
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 @pytest.mark.parametrize("gradient", [DisARM(), REBAR(), GumbelSoftmax(), Enumerate()], ids=repr)
 def test_gradients_that_look_at_the_logits_refuse_the_autoregressive_guide(engine: str, gradient: Any) -> None:
     program = getattr(AUTOREGRESSIVE, engine)()
@@ -285,7 +284,7 @@ def test_gradients_that_look_at_the_logits_refuse_the_autoregressive_guide(engin
         fit(program, X, objective=ELBO(gradient=gradient), epochs=1, progress=False)
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_the_pathwise_gradient_refuses_the_autoregressive_guide(engine: str) -> None:
     with pytest.raises(Refused, match="site 'z' under Pathwise must have a reparameterised guide"):
         fit(getattr(AUTOREGRESSIVE, engine)(), X, objective=ELBO(), epochs=1, progress=False)
@@ -334,7 +333,7 @@ def test_it_trains(engine: str, objective: Any) -> None:
             assert array.all(), weight
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_training_finds_the_evidence(engine: str) -> None:
     """Data of three patterns: one variable of three values tells them apart, and the bound is their entropy."""
     x = np.repeat([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0]], 16, axis=0)

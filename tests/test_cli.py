@@ -110,7 +110,7 @@ def test_help_loads_nothing_heavy(tmp_path: Path):
     code, _, modules = done.stdout.strip().splitlines()[-1].partition(" ")
     assert code == "0"
     assert "'elbozoo'" in modules
-    heavy = ("jax", "numpyro", "flax", "torch", "pyro", "arviz", "matplotlib", "sklearn")
+    heavy = ("jax", "numpyro", "flax", "torch", "pyro", "arviz", "matplotlib", "sklearn", "pandas")
     assert not [name for name in heavy if f"'{name}'" in modules]
 
 

@@ -128,7 +128,6 @@ def drawn(terms: Any) -> dict[str, Any]:
     return {"values": dict(terms.values), **densities(terms)}
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_draws_are_from_the_density(engine: str) -> None:
     """Standardised by the path in NumPy they are standard normal, and their densities are the path's."""
     weights, x = random_weights(SMALL), DATA[:1]
@@ -182,7 +181,6 @@ def test_a_guide_that_moves_nothing_has_no_rate(engine: str) -> None:
             np.testing.assert_allclose(rate, 0.0, atol=1e-10)
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_the_closed_form_of_each_layer_has_the_mean_of_the_samples(engine: str) -> None:
     """And, given the layers above, no noise of its own: the first layer's does not vary at all."""
     weights = {n: 0.5 * w for n, w in random_weights(SMALL).items()}
@@ -202,7 +200,6 @@ def is_closed(terms: Any) -> dict[str, Any]:
     return {name: 1.0 * (site.kl is not None) for name, site in terms.sites.items()}
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_no_closed_form_at_values_that_the_guide_did_not_draw(engine: str) -> None:
     weights, z = random_weights(SMALL), latents(SMALL, 2, len(DATA))
     user = program(engine, SMALL, weights)
@@ -249,7 +246,7 @@ def gradients(engine: str, spec: DeepHierarchicalVAE, weights: dict, z: dict | N
     return float(total), to_torch_layout(found)
 
 
-@covering("remat", (False, True), numpyro=())
+@covering("remat", (False, True), numpyro=(0,))
 def test_frozen_guide_keeps_the_gradient_of_the_shared_path(engine: str, remat: bool) -> None:
     """At given latents nothing is left of log q's gradient, and all of the joint density's."""
     weights, z, spec = random_weights(SMALL), latents(SMALL, 2, len(DATA)), replace(SMALL, remat=remat)
@@ -376,7 +373,6 @@ def test_instruments(engine: str) -> None:
         user.localised((DATA,))
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_initial_weights(engine: str) -> None:
     """Glorot-uniform and zero, the last layers smaller by the root of the depth, the prior's zero."""
     spec = DeepHierarchicalVAE((1, 4, 4), 1, 20, 16, 8, (3, 6))

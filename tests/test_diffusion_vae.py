@@ -140,7 +140,7 @@ def test_the_discrete_loss_is_the_closed_form(engine: str, name: str, num_steps:
     assert (found[f"z{num_steps}"][0] * weights).sum() == pytest.approx(prior, rel=1e-8)
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_step_by_itself_is_the_closed_form_too(engine: str, name: str) -> None:
     nodes, weights = hermite(3)
@@ -175,7 +175,7 @@ def test_the_three_forms_estimate_one_number(engine: str, process: str) -> None:
     assert 4.5 * error < 0.05 * abs(want), "the test must be able to fail"
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_the_chain_is_as_likely_as_its_marginal(engine: str) -> None:
     """Its marginal is Gaussian: z_{i-1} is linear in z_i."""
     steps = 6
@@ -200,7 +200,7 @@ def test_the_chain_is_as_likely_as_its_marginal(engine: str) -> None:
     assert stats.kstest(drawn.ravel(), exact.cdf).pvalue > 1e-3
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_the_model_draws_what_its_chain_is(engine: str) -> None:
     """In the form that draws one step, z_0 comes of all of them."""
     x = np.zeros((4, 1))
@@ -228,7 +228,7 @@ def test_the_libraries_own_elbo_is_the_bound() -> None:
     assert -found == pytest.approx(want, rel=0.1)
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 @pytest.mark.parametrize("spec", [gaussian("one-step", 10), gaussian("every-step", 10)], ids=lambda s: s.process)
 def test_an_estimate_is_not_a_weight(engine: str, spec: DiffusionVAE) -> None:
     given, x = program(engine, spec), np.random.default_rng(0).standard_normal((6, 1))
@@ -406,8 +406,7 @@ def test_images_outside_the_range_are_refused(engine: str) -> None:
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
-@pytest.mark.parametrize(("levels", "narrow"), [(2, False), (8, False), (256, False), (8, True), (256, True)])
+@covering("levels,narrow", [(2, False), (8, False), (256, False), (8, True), (256, True)], numpyro=(1, 3), ids=str)
 def test_levels_are_a_distribution(engine: str, levels: int, narrow: bool) -> None:
     """Against the densities themselves, normalised in float64 by SciPy."""
     pytest.importorskip({"numpyro": "numpyro", "pyro": "torch"}[engine])
@@ -526,7 +525,7 @@ def test_single_precision_is_enough(engine: str, schedule: Any) -> None:
     assert (scale > 0).all()
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_a_weighting_of_a_step_that_costs_nothing(engine: str) -> None:
     """At the very beginning of a cubic schedule."""
     spec = VariationalDiffusion(

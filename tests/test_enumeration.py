@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
-from covering import PYRO_ALONE, covering
+from covering import covering
 from oracles import Nodes, Params, Toy, bernoulli, normal
 
 from elbozoo.inference.discrete import REBAR
@@ -145,7 +145,6 @@ def _summed_out() -> Toy:
     return Toy("summed out", p0, 1.1, program, nodes)
 
 
-@PYRO_ALONE  # written once for both engines
 def test_gradients_of_bounds_with_a_site_summed_out(engine: str) -> None:
     """Inside the log weight, so that a multi-sample bound stays one; the guide's site before it is no matter."""
     toy = _summed_out()
@@ -160,7 +159,6 @@ def test_gradients_of_bounds_with_a_site_summed_out(engine: str) -> None:
             assert 4.5 * error < 0.04 * norm
 
 
-@PYRO_ALONE  # written once for both engines
 def test_measurements_in_a_plate_of_their_own_are_one_factor(engine: str) -> None:
     """Three measurements of each datum, in a plate to the left: multiplied before the sum over the datum's class."""
     lib = oracles.library(engine)

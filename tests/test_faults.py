@@ -262,7 +262,7 @@ def linear(engine: str, **options: Any) -> Any:
     return fit(getattr(LinearVAE(3, 2, scale=0.5), engine)(), options.pop("data", data()), **(defaults | options))
 
 
-@PYRO_ALONE  # written once for both engines
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_interrupted_and_resumed_in_one_process(engine: str, tmp_path: Path) -> None:
     """As above without the drama: stopped after each epoch, and the history goes on where it was."""
     linear(engine, epochs=4, directory=tmp_path / "whole", valid=data(10))
@@ -751,7 +751,6 @@ def test_a_gradient_that_is_none_names_the_parameter(engine: str, batch_size: in
     assert info.value.run.weights["tilt"] == 0.0
 
 
-@PYRO_ALONE  # written once for both engines
 def test_a_gradient_that_is_none_between_two_that_are_measured(engine: str) -> None:
     """In 15 steps an epoch NumPyro measures every tenth; the step is found by what the parameters are after it."""
     error = stops(engine=engine, epochs=2, batch_size=4, learning_rate=Undefined(7), objective=ELBO())
@@ -1059,7 +1058,7 @@ def test_a_program_without_weights_is_not_evaluated() -> None:
         evaluate(LinearVAE(3, 2).numpyro(), data(), num_particles=2)
 
 
-@PYRO_ALONE  # written once for both engines
+@PYRO_ALONE  # other tests run NumPyro's side of it
 @pytest.mark.parametrize(
     "objective",
     [AnnealedKL(ELBO(), warmup=3.0), AnnealedKL(ELBO(), warmup=7.0, unit="steps"), Capacity(ELBO(), warmup=3.0)],

@@ -73,7 +73,6 @@ def test_mean_and_variance_are_the_closed_forms(engine: str, num_data: int) -> N
     near(found.bound, bound, 1 / math.sqrt(n))
 
 
-@PYRO_ALONE  # written once for both engines
 def test_a_schedule_stands_still_at_the_step(engine: str) -> None:
     """Without the KL's weight the guide's gradient has no -m."""
     n, objective = 300, AnnealedKL(ELBO(), warmup=100, unit="steps")
@@ -82,7 +81,7 @@ def test_a_schedule_stands_still_at_the_step(engine: str) -> None:
         near(found.mean["guide"][0], X.mean() - M - B - weight * M, math.sqrt(1 / len(X) / n))
 
 
-@PYRO_ALONE  # written once for both engines
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_bias_is_seen_where_there_is_one(engine: str) -> None:
     """DReG is unbiased for IWAE, STL is not for K > 1 (reference: Tucker et al. 2019)."""
     given = program(engine)
@@ -106,7 +105,6 @@ def test_bias_takes_the_draws_own_noise_out() -> None:
     assert one.bias(two, "guide")[0] == pytest.approx(1 / 3, rel=0.05)
 
 
-@PYRO_ALONE  # written once for both engines
 @pytest.mark.parametrize("spec", [VAE(4, 2, MLP((3,))), SigmoidBeliefNet(4, (3,))], ids=["vae", "sbn"])
 def test_parts_are_the_guide_s_and_the_rest(engine: str, spec: Any) -> None:
     pytest.importorskip({"numpyro": "numpyro", "pyro": "torch"}[engine])
@@ -121,7 +119,7 @@ def test_parts_are_the_guide_s_and_the_rest(engine: str, spec: Any) -> None:
     assert found.mean["model"].size == sum(w.size for w in weights.values()) - guide > 0
 
 
-@PYRO_ALONE  # written once for both engines
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_an_estimator_is_measured_as_it_is_once_it_knows_its_numbers(engine: str) -> None:
     pytest.importorskip({"numpyro": "numpyro", "pyro": "torch"}[engine])
     x = (np.random.default_rng(0).random((8, 6)) < 0.2) * 1.0
@@ -139,7 +137,7 @@ def test_an_estimator_is_measured_as_it_is_once_it_knows_its_numbers(engine: str
     }
 
 
-@PYRO_ALONE  # written once for both engines
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_bad_arguments(engine: str) -> None:
     given = program(engine)
     with pytest.raises(InvalidArgument, match="num_draws must be a whole number of at least 2; got 1"):
@@ -151,7 +149,6 @@ def test_bad_arguments(engine: str) -> None:
         gradient_noise(getattr(SigmoidBeliefNet(6, (4,)), engine)(), np.ones((2, 6)), ELBO(), num_draws=2)
 
 
-@PYRO_ALONE  # written once for both engines
 def test_a_batch_of_another_size_is_measured_as_if_it_were_the_first(engine: str) -> None:
     """What is compiled for one knows how many data there are."""
     x = np.random.default_rng(0).random((8, 3)).round()

@@ -98,7 +98,7 @@ def test_the_best_diagonal_guide_loses_each_layers_correlations(engine: str) -> 
     assert (4 * error < 0.1 * gap).all(), "no power"
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_the_gap_of_any_linear_guide_is_the_kl_of_two_joint_gaussians(engine: str) -> None:
     rng = np.random.default_rng(5)
     layers = [
@@ -122,7 +122,7 @@ def test_the_gap_of_any_linear_guide_is_the_kl_of_two_joint_gaussians(engine: st
     assert (4 * error < 0.1 * np.array(gap)).all(), "no power"
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_one_layer_is_the_vae(engine: str) -> None:
     one, vae = HierarchicalVAE(6, (3,), (5,), depth=2), VAE(6, 3, network=MLP((5, 5)))
     weights = getattr(vae, engine)().with_weights(random_weights(vae)).weights
@@ -143,7 +143,7 @@ def has_kl(terms: Any) -> dict[str, float]:
     return {name: float(site.kl is not None) for name, site in terms.sites.items()}
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_climbing_no_kl_has_a_closed_form(engine: str) -> None:
     found = exact_program(engine).apply(has_kl, (X,), analytic_kl=True)
     assert {name: bool(v) for name, v in found.items()} == {"z1": False, "z2": False, "z3": False}
@@ -189,7 +189,6 @@ def test_weights_of_other_layers_are_refused(engine: str) -> None:
         getattr(HierarchicalVAE(6, (4, 3, 3), (5, 4, 3)), engine)().with_weights(weights)
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_a_guide_for_other_latents_is_refused(engine: str) -> None:
     model, guide = (getattr(HierarchicalVAE(6, dims, (4, 4)), engine)() for dims in ((3, 2), (3, 3)))
     mixed = type(model)(model.model, guide.guide)
@@ -200,7 +199,6 @@ def test_a_guide_for_other_latents_is_refused(engine: str) -> None:
         fit(mixed, np.zeros((8, 6)), epochs=1, progress=False)
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_last_layers_begin_at_their_share_of_glorots_bound(engine: str) -> None:
     from test_twins import initial_weights
 

@@ -153,7 +153,6 @@ def test_the_prior_draws_what_it_says(engine: str) -> None:
     assert np.ptp(p) > 20 / num
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_what_is_no_code_has_no_mass(engine: str) -> None:
     weights = random_weights(SMALL)
     found = program(engine, SMALL, weights)
@@ -162,7 +161,7 @@ def test_what_is_no_code_has_no_mass(engine: str) -> None:
     assert np.isneginf(terms["log_guide"]).all()
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_the_grid_rounds_each_entry(engine: str) -> None:
     spec = replace(SMALL, quantizer=FiniteScalar((8, 5, 3)))
     weights = random_weights(spec)
@@ -347,7 +346,7 @@ def test_other_gradients_are_refused(engine: str, gradient: Any) -> None:
         fit(getattr(SMALL, engine)(), X, objective=objective, epochs=1, progress=False)
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_straight_through_is_refused_where_nothing_is_discrete(engine: str) -> None:
     vae = VAE(6, 2, MLP((5,)), guide=DiagonalGaussian())
     with pytest.raises(Refused, match=r"under StraightThrough must have a site .*Use gradient=Pathwise\(\)"):
@@ -505,7 +504,6 @@ def test_dead_codes_are_moved_onto_outputs(engine: str, num_dead: int) -> None:
         np.testing.assert_allclose(codes[num_dead:], expected, 1e-10)
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
 def test_more_codes_than_outputs(engine: str) -> None:
     spec = replace(SMALL, quantizer=Codebook(40, 3, "ema", 0.5, revive=0.9))
     weights = ema_weights(spec)
@@ -524,7 +522,7 @@ def test_more_codes_than_outputs(engine: str) -> None:
 # --- in use -----------------------------------------------------------------------------------------------------
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_code_usage(engine: str) -> None:
     spec = replace(SMALL, quantizer=RESIDUAL)
     weights = random_weights(spec)
@@ -548,7 +546,7 @@ def test_one_code_carries_nothing(engine: str) -> None:
     assert code_usage(run.program, X).perplexity == [1.0]
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_a_learned_prior_lowers_the_rate(engine: str) -> None:
     x = np.eye(6)[np.arange(64) % 2]  # two data, so one or two pairs of codes
     spec = replace(SMALL, quantizer=Codebook(8, 3), **AUTOREGRESSIVE | {"prior_layers": 1})
@@ -605,7 +603,7 @@ def test_bad_input(make: Any, message: str) -> None:
         make()
 
 
-@PYRO_ALONE  # NumPyro's densities are Pyro's: tests/test_twins.py
+@PYRO_ALONE  # other tests run NumPyro's side of it
 def test_latents_that_the_places_do_not_divide(engine: str) -> None:
     vae = VAE(16, 3, FullyConv((1, 4, 4), (3,)))
     with pytest.raises(InvalidArgument, match="must be a multiple of its 4 places; got"):
