@@ -334,14 +334,14 @@ def hierarchy_figure(record: dict[str, Any]) -> Figure:
     cells = list(hierarchy_script.ended(record["cells"]).values())
     deepest = max(cell["layers"] for cell in cells)
     guides = [g for g in ("bottom-up", "ladder") if any(c["guide"] == g and c["layers"] == deepest for c in cells)]
+    names = zip(hierarchy_script.Config.objectives, "osD^v", strict=True)
+    looks: dict[str, Any] = {name: {"label": name, "marker": m, "color": f"C{i}"} for i, (name, m) in enumerate(names)}
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots(1, len(guides), sharey=True, squeeze=False)[0]
     for ax, guide in zip(axes, guides, strict=True):
-        for cell, marker in zip(
-            [c for c in cells if (c["guide"], c["layers"]) == (guide, deepest)], "osD^", strict=False
-        ):
+        for cell in (c for c in cells if (c["guide"], c["layers"]) == (guide, deepest)):
             nats = np.clip(np.mean(cell["nats"], axis=0), 1e-3, None)
-            ax.plot(range(1, deepest + 1), nats, marker=marker, linewidth=1, markersize=5, label=cell["objective"])
+            ax.plot(range(1, deepest + 1), nats, **looks[cell["objective"]], linewidth=1, markersize=5)
         ax.set(title=guide, yscale="log", xticks=range(1, deepest + 1), ylim=(7e-4, None))
         ax.set_xticklabels([f"$z_{i}$" for i in range(1, deepest + 1)])
         ax.grid(alpha=0.3, linewidth=0.5)

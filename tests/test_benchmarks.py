@@ -68,6 +68,22 @@ def test_tables_are_generated_from_the_results() -> None:
     assert PAGE.read_text() == page(), "run python benchmarks/tables.py"
 
 
+def test_the_figure_of_hierarchies_has_a_line_for_each_cell_that_ended() -> None:
+    from elbozoo.benchmarks.tables import hierarchy_figure
+
+    def cell(guide: str, objective: str, **more: Any) -> dict[str, Any]:
+        return {"layers": 2, "guide": guide, "objective": objective, "nats": [[3.0, 0.1]], **more}
+
+    names = ("plain", "warm-up", "free-bits", "warm-up-free-bits", "layerwise")
+    cells = [cell(guide, name) for guide in ("bottom-up", "ladder") for name in names]
+    cells[0]["diverged"] = "nan"
+    figure = hierarchy_figure({"cells": {str(i): c for i, c in enumerate(cells)}})
+    labels = [[line.get_label() for line in ax.lines] for ax in figure.axes]
+    assert labels == [list(names[1:]), list(names)]
+    colours = [{line.get_label(): line.get_color() for line in ax.lines} for ax in figure.axes]
+    assert colours[0].items() <= colours[1].items()
+
+
 def test_published_tables_are_printed() -> None:
     from elbozoo.benchmarks.papers import PAPERS
 
