@@ -49,7 +49,7 @@ def test_meets_the_closed_form(engine: str, start: Any, rng: np.random.Generator
     assert found.acceptance > 0.4
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_last_states_are_posterior_draws(engine: str, rng: np.random.Generator) -> None:
     spec = LinearVAE(data_dim=4, latent_dim=2, scale=0.6)
     w, x = weights(rng, spec), rng.normal(size=(3, 4))
@@ -113,7 +113,7 @@ def test_bounded_and_dependent_latents_meet_quadrature(engine: str, start: Any) 
     assert found.mc_se < 0.1
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_prior_start_knows_nothing_of_the_guide(engine: str, rng: np.random.Generator) -> None:
     spec = LinearVAE(data_dim=4, latent_dim=2, scale=0.6)
     w, x = weights(rng, spec), rng.normal(size=(4, 4))

@@ -206,7 +206,7 @@ def test_every_draw_has_its_own_densities(engine: str) -> None:
     assert len(np.unique(z)) == z.size
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_draws_have_the_moments_of_their_distributions(engine: str) -> None:
     found = to_arviz(program(engine), DATA, num_draws=1600)
     standard_error = 5 / np.sqrt(1600)
@@ -242,7 +242,7 @@ def test_equal_seeds_give_equal_draws(engine: str) -> None:
             assert not np.array_equal(values, other[group][name])
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_sites_are_resampled_together_and_apart_from_other_data(engine: str) -> None:
     library_, dist, wrap = library(engine)
 
@@ -267,7 +267,7 @@ def test_sites_are_resampled_together_and_apart_from_other_data(engine: str) -> 
     np.testing.assert_allclose(again["a"].values[0].mean(axis=0), exact, atol=0.25)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_global_latent_is_shared_by_all_data(engine: str) -> None:
     library_, dist, wrap = library(engine)
     data = 2.0 + np.random.default_rng(3).normal(size=(20, 1))

@@ -37,7 +37,7 @@ def wide(latent_dim: int = 2) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_against_the_closed_forms_of_the_population(engine: str, rng: np.random.Generator) -> None:
     """x ~ N(m, C) makes q(z) Gaussian: I = ½ log |Q| / |S|, and the KL to the prior is one of Gaussians."""
     weights, covariance = wide(), np.diag([1.0, 0.5, 2.0, 0.3])
@@ -97,7 +97,7 @@ def test_against_quadrature_on_the_data_at_hand(engine: str, rng: np.random.Gene
     assert all(f.mutual_information <= np.log(7) for f in found)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_posteriors_that_do_not_overlap_know_which_datum_it_is(engine: str, rng: np.random.Generator) -> None:
     weights = wide() | {"encoder_log_scale": np.full(2, -9.0)}
     found = bottleneck(linear(engine, weights), rng.normal(size=(50, 4)), num_data=None, num_particles=2)
@@ -113,7 +113,7 @@ def test_a_guide_that_does_not_look_carries_nothing(engine: str, rng: np.random.
     assert found.marginal_kl == pytest.approx(found.rate)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_collapse_is_read_off_each_dimensions_kl(engine: str, rng: np.random.Generator) -> None:
     """Dimension 1 ignores x; dimension 0 has a KL that is known for every datum."""
     weights = wide() | {"encoder.bias": np.zeros(2), "encoder_log_scale": np.array([np.log(0.5), 0.0])}
@@ -128,7 +128,7 @@ def test_collapse_is_read_off_each_dimensions_kl(engine: str, rng: np.random.Gen
     np.testing.assert_array_equal(found.collapsed(epsilon * 1.001)["z"], [True, True])
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_part_of_the_data_and_equal_seeds(engine: str, rng: np.random.Generator) -> None:
     program, x = linear(engine, wide()), rng.normal(size=(60, 4))
     one, two, other = (bottleneck(program, x, num_data=20, num_particles=3, seed=s) for s in (0, 0, 1))
@@ -136,7 +136,7 @@ def test_a_part_of_the_data_and_equal_seeds(engine: str, rng: np.random.Generato
     assert one.mutual_information == two.mutual_information != other.mutual_information
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_discrete_and_dependent_latents(engine: str, rng: np.random.Generator) -> None:
     """A mixture: c ~ Bernoulli(½), z ~ N(±2, ½²). The guide is the prior, so no site carries anything."""
     lib = library(engine)
@@ -171,7 +171,7 @@ def test_twins_measure_alike(rng: np.random.Generator) -> None:
     assert one.mutual_information == pytest.approx(two.mutual_information, abs=5 * one.mutual_information_se)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_bad_input_is_refused(engine: str, rng: np.random.Generator) -> None:
     program, x = linear(engine, wide()), rng.normal(size=(10, 4))
     for data, options, text in [

@@ -82,7 +82,7 @@ def test_ranks_are_distributed_as_they_should_be() -> None:
         assert stats.chisquare(histogram, expected).statistic < 2 * found.num_bins
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_p_values_are_uniform_under_the_null(engine: str) -> None:
     program = linear(engine)
     p = [calibrate(program, LIKE, num_simulations=400, num_draws=19, seed=seed).p_values["z"] for seed in range(60)]
@@ -129,7 +129,7 @@ def test_ties_are_broken_at_random() -> None:
     assert stats.chisquare(np.bincount(ranks, minlength=10)).pvalue > 1e-3
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_discrete_and_several_sites(engine: str) -> None:
     """``c ~ Bernoulli(0.3)``, ``x ~ N(2 c, 1)``, ``y ~ N(x + c, 1)``: y is drawn given the x that was drawn."""
     lib = library(engine)
@@ -165,7 +165,7 @@ def test_equal_seeds(engine: str) -> None:
     assert (one.ranks["z"] != other.ranks["z"]).any()
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_batches_do_not_repeat(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elbozoo.inference.calibration.call_size", lambda arrays, draws: (8, 40))
     found = calibrate(linear(engine, width=0.6), LIKE, num_simulations=100, num_draws=99)
@@ -233,7 +233,7 @@ def test_a_global_latent_is_refused(engine: str) -> None:
         calibrate(wrapped(engine, *shared_latent(engine)), np.zeros(4))
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_nan_is_not_ranked(engine: str) -> None:
     with pytest.raises(NonFinite, match="site 'z' must be drawn as numbers; got nan"):
         calibrate(linear(engine, shift=np.nan), LIKE, num_simulations=10, num_draws=4)

@@ -207,7 +207,7 @@ def drawn_and_weighed(terms: Any) -> Any:
     return {"z": terms.values["z"], "log_weight": terms.log_weight}
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_guide_that_sees_nothing_before_it_is_the_factorised_one(engine: str) -> None:
     """And so it is at first: what is on and above the diagonal never counts."""
     factorised = CategoricalVAE(3, 3, 3, MLP((4,)))
@@ -224,7 +224,7 @@ def test_a_guide_that_sees_nothing_before_it_is_the_factorised_one(engine: str) 
     assert not initial_weights(engine, AUTOREGRESSIVE)["posterior.autoregression"].any()
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.parametrize(
     "objective", [ELBO(gradient=ScoreFunction(baseline="none")), IWAE(2, VIMCO())], ids=["score-function", "vimco"]
 )
@@ -276,7 +276,7 @@ def weighted_gradient(engine: str, objective: Any, x: np.ndarray, z: np.ndarray,
     return to_torch_layout(jax.jit(jax.grad(surrogate))(found.params))
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.parametrize("gradient", [DisARM(), REBAR(), GumbelSoftmax(), Enumerate()], ids=repr)
 def test_gradients_that_look_at_the_logits_refuse_the_autoregressive_guide(engine: str, gradient: Any) -> None:
     program = getattr(AUTOREGRESSIVE, engine)()
@@ -284,7 +284,7 @@ def test_gradients_that_look_at_the_logits_refuse_the_autoregressive_guide(engin
         fit(program, X, objective=ELBO(gradient=gradient), epochs=1, progress=False)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_pathwise_gradient_refuses_the_autoregressive_guide(engine: str) -> None:
     with pytest.raises(Refused, match="site 'z' under Pathwise must have a reparameterised guide"):
         fit(getattr(AUTOREGRESSIVE, engine)(), X, objective=ELBO(), epochs=1, progress=False)
@@ -333,7 +333,7 @@ def test_it_trains(engine: str, objective: Any) -> None:
             assert array.all(), weight
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_training_finds_the_evidence(engine: str) -> None:
     """Data of three patterns: one variable of three values tells them apart, and the bound is their entropy."""
     x = np.repeat([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0]], 16, axis=0)

@@ -28,7 +28,7 @@ def x() -> np.ndarray:
     return white * np.sqrt(EIGENVALUES)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_optimum_of_a_linear_vae(engine: str, x: np.ndarray) -> None:
     """The bound is tight, and the third dimension is collapsed because the likelihood has no use for it."""
     program = getattr(SPEC, engine)().with_weights(SPEC.optimum(x))

@@ -140,7 +140,7 @@ def test_the_discrete_loss_is_the_closed_form(engine: str, name: str, num_steps:
     assert (found[f"z{num_steps}"][0] * weights).sum() == pytest.approx(prior, rel=1e-8)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_step_by_itself_is_the_closed_form_too(engine: str, name: str) -> None:
     nodes, weights = hermite(3)
@@ -175,7 +175,7 @@ def test_the_three_forms_estimate_one_number(engine: str, process: str) -> None:
     assert 4.5 * error < 0.05 * abs(want), "the test must be able to fail"
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_chain_is_as_likely_as_its_marginal(engine: str) -> None:
     """Its marginal is Gaussian: z_{i-1} is linear in z_i."""
     steps = 6
@@ -200,7 +200,7 @@ def test_the_chain_is_as_likely_as_its_marginal(engine: str) -> None:
     assert stats.kstest(drawn.ravel(), exact.cdf).pvalue > 1e-3
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_model_draws_what_its_chain_is(engine: str) -> None:
     """In the form that draws one step, z_0 comes of all of them."""
     x = np.zeros((4, 1))
@@ -228,7 +228,7 @@ def test_the_libraries_own_elbo_is_the_bound() -> None:
     assert -found == pytest.approx(want, rel=0.1)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.parametrize("spec", [gaussian("one-step", 10), gaussian("every-step", 10)], ids=lambda s: s.process)
 def test_an_estimate_is_not_a_weight(engine: str, spec: DiffusionVAE) -> None:
     given, x = program(engine, spec), np.random.default_rng(0).standard_normal((6, 1))
@@ -525,7 +525,7 @@ def test_single_precision_is_enough(engine: str, schedule: Any) -> None:
     assert (scale > 0).all()
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_weighting_of_a_step_that_costs_nothing(engine: str) -> None:
     """At the very beginning of a cubic schedule."""
     spec = VariationalDiffusion(

@@ -179,7 +179,7 @@ def test_the_sleep_phase_shows_the_guide_what_the_model_dreams(engine: str) -> N
     close({n: found[n] for n in toy.guide_names}, oracles.differentiate(climbed, at, toy.guide_names))
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_thermodynamic_covariance_follows_its_own_definition(engine: str) -> None:
     """Masrani et al. 2019, eq. 12, each expectation by self-normalised weights of fixed parameters, enumerated."""
     b1, b2, probability, log_weight = held_weights(3)

@@ -58,7 +58,7 @@ def own(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     )  # fmt: skip
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_program_of_the_user_s_own(own: Config, engine: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(own)
     cells = json.loads(own.results.read_text())["cells"]

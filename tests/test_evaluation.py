@@ -174,7 +174,7 @@ def test_an_exact_guide_gives_the_exact_likelihood_at_every_k(engine: str, num_p
     np.testing.assert_array_equal(found.per_datum.k_hat, np.full(len(DATA), expected))
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.parametrize("batch_size", [None, 5])
 def test_a_wrong_guide_misses_by_its_divergence(engine: str, batch_size: int | None) -> None:
     mean, covariance = posterior()
@@ -209,7 +209,7 @@ def test_the_monte_carlo_error_is_the_spread_over_seeds() -> None:
     assert 0.7 < stated / spread < 1.4  # sixty draws know a spread to about a tenth
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_guide_that_does_not_factorise_has_no_rate_per_dimension(engine: str) -> None:
     found = evaluate(linear_gaussian(engine, posterior()[1]), DATA, num_particles=2)
     assert found.rate_per_dimension == {}
@@ -378,7 +378,7 @@ def test_memory_grows_with_neither_particles_nor_data() -> None:
 # --- active units -----------------------------------------------------------------------------------------------
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_active_units_are_those_whose_posterior_mean_moves(engine: str) -> None:
     weight = np.zeros((X, D))
     weight[0, 0], weight[1, 1] = 3.0, 0.12  # an active unit, one of activity 0.02 and one that the data never see

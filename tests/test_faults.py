@@ -262,7 +262,7 @@ def linear(engine: str, **options: Any) -> Any:
     return fit(getattr(LinearVAE(3, 2, scale=0.5), engine)(), options.pop("data", data()), **(defaults | options))
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_interrupted_and_resumed_in_one_process(engine: str, tmp_path: Path) -> None:
     """As above without the drama: stopped after each epoch, and the history goes on where it was."""
     linear(engine, epochs=4, directory=tmp_path / "whole", valid=data(10))
@@ -1058,7 +1058,7 @@ def test_a_program_without_weights_is_not_evaluated() -> None:
         evaluate(LinearVAE(3, 2).numpyro(), data(), num_particles=2)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.parametrize(
     "objective",
     [AnnealedKL(ELBO(), warmup=3.0), AnnealedKL(ELBO(), warmup=7.0, unit="steps"), Capacity(ELBO(), warmup=3.0)],

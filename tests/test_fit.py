@@ -329,7 +329,7 @@ def test_epochs_of_so_many_steps_go_on_through_the_data(engine: str) -> None:
         fit(made, x, epoch_steps=0, **options)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_training_stops_by_the_clock(engine: str) -> None:
     x = binary(24)
     made = getattr(VAE(data_dim=x.shape[1], latent_dim=2), engine)()
@@ -369,7 +369,7 @@ def test_held_out_data_do_not_touch_training(engine: str) -> None:
     assert same_weights(*(run.weights for run in batch_norm))
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_progress_and_checkpoints_do_not_touch_training(engine: str, tmp_path: Path) -> None:
     plain, watched = digits(engine), digits(engine, directory=tmp_path, progress=True)
     assert same_weights(plain.weights, watched.weights)
@@ -618,7 +618,7 @@ def test_training_climbs(engine: str) -> None:
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_images_are_flattened(engine: str) -> None:
     assert same_weights(digits(engine).weights, digits(engine, data=DIGITS.reshape(-1, 64)).weights)
 
@@ -658,7 +658,7 @@ def test_pixels_are_redrawn_at_every_step_or_never(engine: str) -> None:
     assert 0.4 < redrawn.var(ddof=1) / variance < 2.1  # chi-squared with 29 degrees of freedom: 1e-3 to each side
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_tuple_of_arrays_goes_to_model_and_guide(engine: str) -> None:
     x = data()
     y = x @ [1.0, -2.0, 0.5]

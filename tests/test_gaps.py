@@ -52,7 +52,7 @@ def near(values: np.ndarray, want: Any, short: float = 0.0) -> None:
     assert error.mean() < 4 * error.std(ddof=1) / np.sqrt(len(error)) + 1e-9
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_diagonal_guide_loses_the_correlation(engine: str, rng: np.random.Generator) -> None:
     """Cremer et al.'s split: −½ log(1 − ρ²) is the family's, and what a shift costs is the network's."""
     spec, best, x = linear(rng, "diagonal")
@@ -81,7 +81,7 @@ def test_an_optimal_linear_guide_amortises_without_a_gap(engine: str, rng: np.ra
             assert found.richer_elbo is None
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_without_a_closed_form_annealing_takes_its_place(engine: str, rng: np.random.Generator) -> None:
     """A user's own program: z ~ Gamma(3, 1), x ~ N(z, 1), a LogNormal guide too narrow and too low."""
     lib = library(engine)
@@ -118,7 +118,7 @@ def _lognormal_kl(log_posterior: np.ndarray, z: np.ndarray, loc: float, scale: f
     return float(np.trapezoid(np.exp(log_q) * (log_q - log_posterior), z))
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_part_of_the_data_and_refusals(engine: str, rng: np.random.Generator) -> None:
     spec, best, x = linear(rng, "diagonal")
     program = getattr(spec, engine)().with_weights(best)
@@ -189,7 +189,7 @@ def test_discrete_latents_are_enumerated(engine: str, rng: np.random.Generator) 
         gaps(program, x, num_steps=2)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_continuous_latent_cannot_be_enumerated(engine: str, rng: np.random.Generator) -> None:
     lib = library(engine)
 
@@ -205,7 +205,7 @@ def test_a_continuous_latent_cannot_be_enumerated(engine: str, rng: np.random.Ge
     assert exact_log_lik(wrapped(engine, model, guide), rng.normal(size=3)) is None
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_spec_knows_its_marginal(engine: str, rng: np.random.Generator) -> None:
     spec, best, x = linear(rng, "full")
     found = exact_log_lik(getattr(spec, engine)().with_weights(best), x)
@@ -254,7 +254,7 @@ def test_latents_over_two_event_dims_have_no_richer_family(engine: str, rng: np.
     assert found.richer_elbo is None
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_states_that_differ_between_data_are_not_enumerated(engine: str) -> None:
     """``z ~ Binomial(n_i, ½)`` has other states for other data, whichever comes first."""
     lib = library(engine)
@@ -272,7 +272,7 @@ def test_states_that_differ_between_data_are_not_enumerated(engine: str) -> None
         assert exact_log_lik(wrapped(engine, model, guide), (np.array(counts), np.array([1.0, 4.0]))) is None
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_frozen_program_hides_its_closed_form(engine: str, rng: np.random.Generator) -> None:
     spec, best, x = linear(rng, "diagonal")
     assert exact_log_lik(getattr(spec, engine)().with_weights(best).frozen(), x) is None

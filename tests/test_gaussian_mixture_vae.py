@@ -125,7 +125,7 @@ def iwae(terms: Any) -> Any:
     return IWAE(5).value(terms.log_weight)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_enumerated_bound_is_the_quadrature_of_the_exact_cluster_guide(engine: str) -> None:
     want, copies = exact_elbo(), 4000
     data = np.repeat(X, copies, axis=0)
@@ -140,7 +140,7 @@ def log_weight(terms: Any) -> Any:
     return terms.log_weight
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_exact_cluster_sums_to_the_mixture_prior(engine: str) -> None:
     """At the same z every cluster has the log weight of the VAE with a mixture prior: y adds nothing but its name."""
     mixture = VAE(D, 1, MLP(()), Gaussian(0.7), prior=MixturePrior(C))
@@ -152,7 +152,7 @@ def test_the_exact_cluster_sums_to_the_mixture_prior(engine: str) -> None:
         np.testing.assert_allclose(program(engine).apply(log_weight, (X,), values=values), want, 1e-10)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_cluster_probabilities_are_bayes_rule_averaged(engine: str) -> None:
     nodes, weights = gauss_hermite(60)
     loc, scale = encoder()

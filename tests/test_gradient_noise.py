@@ -81,7 +81,7 @@ def test_a_schedule_stands_still_at_the_step(engine: str) -> None:
         near(found.mean["guide"][0], X.mean() - M - B - weight * M, math.sqrt(1 / len(X) / n))
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_bias_is_seen_where_there_is_one(engine: str) -> None:
     """DReG is unbiased for IWAE, STL is not for K > 1 (reference: Tucker et al. 2019)."""
     given = program(engine)
@@ -119,7 +119,7 @@ def test_parts_are_the_guide_s_and_the_rest(engine: str, spec: Any) -> None:
     assert found.mean["model"].size == sum(w.size for w in weights.values()) - guide > 0
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_an_estimator_is_measured_as_it_is_once_it_knows_its_numbers(engine: str) -> None:
     pytest.importorskip({"numpyro": "numpyro", "pyro": "torch"}[engine])
     x = (np.random.default_rng(0).random((8, 6)) < 0.2) * 1.0
@@ -137,7 +137,7 @@ def test_an_estimator_is_measured_as_it_is_once_it_knows_its_numbers(engine: str
     }
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_bad_arguments(engine: str) -> None:
     given = program(engine)
     with pytest.raises(InvalidArgument, match="num_draws must be a whole number of at least 2; got 1"):

@@ -78,7 +78,7 @@ def test_nuts_meets_the_exact_posterior(engine: str) -> None:
     assert found.converged.all()
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.arviz
 @needs_twin
 def test_an_exact_guide_agrees(engine: str) -> None:
@@ -115,7 +115,7 @@ def test_a_wrong_guide_is_seen(shift: float, width: float) -> None:
 # --- the guide's draws, importance-weighted ---------------------------------------------------------------------
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.arviz
 @needs_twin
 @pytest.mark.parametrize(("shift", "width"), [(0.8, 1.0), (0.0, 2.0), (0.0, 0.6)])
@@ -181,7 +181,7 @@ def test_the_weighted_distance_against_scipy() -> None:
     assert np.mean(ours) == pytest.approx(want, abs=4 * stats.sem(ours) + 2 / 3000)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_draws_that_are_weighted_are_the_guides(engine: str) -> None:
     """Made twice from equal seeds: each is one of its own datum's, and the sites of one draw stay together."""
     options = {"num_warmup": 10, "num_draws": 20, "num_chains": 2, "oversample": 1}
@@ -364,7 +364,7 @@ def test_r_hat_is_arvizs() -> None:
     assert found.weighted_r_hat["z"][1, 1] == pytest.approx(float(arviz.rhat(np.concatenate([one, three]))))
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_what_it_says(engine: str) -> None:
     found = linear(engine) if find_spec("jax") else ground_truth(own(engine), own_data(), num_warmup=20, num_draws=20)
     said = found.summary()
@@ -480,7 +480,7 @@ def test_a_frozen_program_runs_in_its_own_engine() -> None:
     assert (found.k_hat < 0).all() or np.isnan(found.k_hat).all(), "the exact guide"
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_equal_seeds(engine: str) -> None:
     if engine == "numpyro":
         program, data, options = base(engine).with_weights(EXACT), X[:2], {"num_warmup": 300, "num_draws": 400}
@@ -502,7 +502,7 @@ def refused(engine: str, model: Any, guide: Any, data: Any, text: str, error: An
         ground_truth(wrapped(engine, model, guide), data, num_warmup=2, num_draws=10, num_chains=2)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_bad_arguments_are_refused(engine: str) -> None:
     for options, text in [
         ({"num_warmup": 0}, "num_warmup must be a whole number of at least 1"),
@@ -517,7 +517,7 @@ def test_bad_arguments_are_refused(engine: str) -> None:
         ground_truth(own(engine), (np.ones(2), np.ones((3, 2))))
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_global_latent_is_refused(engine: str) -> None:
     refused(engine, *shared_latent(engine), np.zeros(3), "program must have every latent inside its data plate")
 
@@ -560,7 +560,7 @@ def test_what_pyro_cannot_sum_out_is_refused(below: bool) -> None:
     refused("pyro", model, guide, np.zeros(3), text)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_model_that_looks_at_other_data_is_refused(engine: str) -> None:
     lib = library(engine)
 

@@ -132,7 +132,7 @@ def test_densities_integrate_to_one(engine: str, family: Family, latent_dim: int
     assert np.exp(log_prob).sum() * step**latent_dim == pytest.approx(1.0, abs=2e-4)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_low_rank_gaussian_is_a_gaussian(engine: str) -> None:
     loc, log_scale, factor = np.array([0.3, -1.0, 2.0]), np.array([-0.5, 0.1, 0.4]), np.array([1.0, 2, -1, 0.5, 0.3, 0])
     outputs, z = np.concatenate([loc, log_scale, factor]), np.random.default_rng(0).normal(size=(5, 3))
@@ -141,7 +141,7 @@ def test_low_rank_gaussian_is_a_gaussian(engine: str) -> None:
     np.testing.assert_allclose(Posterior(engine, LowRankGaussian(2), 3).log_prob(outputs, z), expected, rtol=1e-12)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_mixture_is_a_mixture_of_gaussians(engine: str) -> None:
     rng = np.random.default_rng(0)
     logits, locs, log_scales = rng.normal(size=3), rng.normal(size=(3, 2)), 0.5 * rng.normal(size=(3, 2))
@@ -172,7 +172,7 @@ def linear_flow(slope: float, backwards: float) -> dict[str, np.ndarray]:
 LINEAR_IAF = InverseAutoregressiveFlow(num_flows=2, flow_hidden=(2,), context_dim=1)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_linear_autoregressive_flow_is_a_gaussian_with_correlations(engine: str) -> None:
     """Which takes the order of both maps, and the inverse of one after the other."""
     loc, log_scale, z = np.array([0.5, -1.0]), np.array([0.2, -0.4]), np.random.default_rng(0).normal(size=(6, 2))
@@ -351,7 +351,7 @@ def moments(engine: str, program: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(q.mean), np.asarray(q.variance)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_one_step_is_one_step_up_the_exact_elbo(engine: str) -> None:
     """Of a linear model, by hand: the points integrate its log joint without error."""
     loc, log_scale = np.array([0.4, -1.0]), np.array([0.3, -0.6])
@@ -393,7 +393,7 @@ def test_the_steps_are_differentiated_and_are_frozen_with_the_guide(engine: str)
     assert abs(frozen - expected).max() > 0.1
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_family_that_climbs_must_be_gaussian_and_have_something_to_climb(engine: str) -> None:
     with pytest.raises(InvalidArgument, match="family must be one of DiagonalGaussian, FullCovarianceGaussian"):
         SemiAmortised(family=MixtureOfGaussians())

@@ -98,7 +98,7 @@ def test_the_best_diagonal_guide_loses_each_layers_correlations(engine: str) -> 
     assert (4 * error < 0.1 * gap).all(), "no power"
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_gap_of_any_linear_guide_is_the_kl_of_two_joint_gaussians(engine: str) -> None:
     rng = np.random.default_rng(5)
     layers = [
@@ -122,7 +122,7 @@ def test_the_gap_of_any_linear_guide_is_the_kl_of_two_joint_gaussians(engine: st
     assert (4 * error < 0.1 * np.array(gap)).all(), "no power"
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_one_layer_is_the_vae(engine: str) -> None:
     one, vae = HierarchicalVAE(6, (3,), (5,), depth=2), VAE(6, 3, network=MLP((5, 5)))
     weights = getattr(vae, engine)().with_weights(random_weights(vae)).weights
@@ -143,7 +143,7 @@ def has_kl(terms: Any) -> dict[str, float]:
     return {name: float(site.kl is not None) for name, site in terms.sites.items()}
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_climbing_no_kl_has_a_closed_form(engine: str) -> None:
     found = exact_program(engine).apply(has_kl, (X,), analytic_kl=True)
     assert {name: bool(v) for name, v in found.items()} == {"z1": False, "z2": False, "z3": False}

@@ -86,7 +86,7 @@ def test_the_gap_of_any_linear_ladder_is_the_kl_of_two_joint_gaussians(engine: s
         assert (4 * error < 0.1 * np.array(gap)).all(), "no power"
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_every_kl_has_its_closed_form_given_the_layers_above(engine: str) -> None:
     found = exact_program(engine).apply(has_kl, (X,), analytic_kl=True)
     assert {name: bool(v) for name, v in found.items()} == {"z1": True, "z2": True, "z3": True}

@@ -53,7 +53,7 @@ WEIGHTS = {
 X = np.array([[0.5, -1.0], [1.5, 0.3]])
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_with_the_exact_denoiser_the_bound_is_the_vaes(engine: str) -> None:
     """``E_q[the diffusion's ELBO of z]`` is ``E_q[log N(z; 0, 1)]``, up to what its ends do not reach."""
     given = getattr(LINEAR, engine)().with_weights(WEIGHTS)
@@ -81,7 +81,7 @@ def test_with_the_exact_denoiser_the_bound_is_the_vaes(engine: str) -> None:
     assert np.abs(bound - want).max() > 0, "the ends leave something out"
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_it_is_no_weight(engine: str) -> None:
     given = getattr(LINEAR, engine)().with_weights(WEIGHTS)
     with pytest.raises(Refused, match="must weigh all that it draws"):
@@ -132,7 +132,7 @@ def test_frozen_weights_stay_whatever_the_optimiser(engine: str) -> None:
         fit(first.program, x, epochs=1, progress=False, frozen=("decoder", "encoder"))
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_what_does_not_fit(engine: str) -> None:
     with pytest.raises(InvalidArgument, match="image_shape must have data_dim=3 entries"):
         LatentDiffusion(6, 3, NETWORK, denoiser=UNet((1, 2, 2), (4,)))

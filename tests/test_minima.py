@@ -85,7 +85,7 @@ def test_lost_directions_cost_what_the_closed_form_says(engine: str) -> None:
     assert strict.minimum.tolist()[3] == (found.difference[3] > 2 * found.difference_se[3]) * 3
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_what_the_data_cannot_tell_apart_is_one_minimum(engine: str) -> None:
     """Two data: a difference beyond the tolerance, within two standard errors of it."""
     runs = [at(engine, [0, 1, 2], 0), at(engine, [0, 1, 2], 1, stretch=1.3)]

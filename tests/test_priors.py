@@ -170,7 +170,7 @@ def test_one_pseudo_input_is_that_posterior(engine: str, guide: Any) -> None:
     np.testing.assert_allclose(numpy(model.prior_distribution().log_prob(array(engine, z))), expected, rtol=1e-12)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_one_component_is_a_gaussian(engine: str) -> None:
     spec = replace(SMALL, prior=MixturePrior(num_components=1))
     weights, z = random_weights(spec), np.random.default_rng(1).normal(size=(7, 2))
@@ -228,7 +228,7 @@ def initial(engine: str, spec: VAE) -> dict[str, np.ndarray]:
     return to_torch_layout(spec.numpyro().init(jax.random.key(0), np.zeros((1, spec.data_dim)))[0])
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_each_parameter_has_one_name(engine: str, spec: VAE) -> None:
     base = {f"{part}.layers.0.{kind}" for part in ("encoder", "decoder") for kind in ("weight", "bias")}
@@ -473,7 +473,7 @@ def test_arviz_has_the_priors_draws(engine: str, spec: VAE) -> None:
     assert idata["prior_predictive"]["x"].shape == (1, 300, 10, 4)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.parametrize("spec", SPECS[2:], ids=name_of)
 def test_gaps_are_of_the_programs_own_posterior(engine: str, spec: VAE) -> None:
     """A guide optimised for each datum by itself, the encoder inside the prior held constant."""
@@ -600,7 +600,7 @@ def test_a_prior_is_an_instance_of_one() -> None:
         VAE(prior=Gaussian())
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_vamp_prior_without_an_encoder_is_refused(engine: str) -> None:
     assert [prior.needs_encoder for prior in (StandardNormal(), *LEARNED)] == [False, False, True]
     for spec in (StandardNormal(), *LEARNED):
@@ -634,7 +634,7 @@ def flow_density(engine: str, prior: Prior, z: np.ndarray, seed: int = 3) -> tup
     return found[:, 0], weights
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_flow_prior_of_a_gaussian_is_one(engine: str) -> None:
     z = np.random.default_rng(0).normal(size=(5, 2))
     found, weights = flow_density(engine, FlowPrior(DiagonalGaussian()), z)
@@ -642,7 +642,7 @@ def test_a_flow_prior_of_a_gaussian_is_one(engine: str) -> None:
     np.testing.assert_allclose(found, stats.norm.logpdf(z, loc, np.exp(log_scale)).sum(-1), 1e-12)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_flow_prior_integrates_to_one_and_is_none(engine: str) -> None:
     """By the trapezoidal rule; and it is no Gaussian: its log density is not quadratic."""
     axis, step = np.linspace(-14, 14, 561, retstep=True)
@@ -655,7 +655,7 @@ def test_a_flow_prior_integrates_to_one_and_is_none(engine: str) -> None:
     assert np.abs(third).max() > 1e-3
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_flow_prior_trains_under_every_estimator(engine: str) -> None:
     x = standard_sample(200)
     flow = FlowPrior(NeuralSplineFlow(num_flows=1, flow_hidden=(4,), context_dim=2))

@@ -52,7 +52,7 @@ def closed_form(beta: float) -> tuple[float, float]:
     return kl_per_direction(served, S2, beta).sum(), 0.5 * error / S2 + 2.0 * np.log(2 * np.pi * S2)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.usefixtures("as_users_run_it")  # thousands of steps
 def test_the_trained_curve_is_the_closed_forms(engine: str) -> None:
     test = np.random.default_rng(2).normal(size=(2000, 4)) * np.sqrt(EIGENVALUES) @ axes(4).T
@@ -140,7 +140,7 @@ def test_frontier_and_slopes_by_hand() -> None:
     assert equal.summary()["slopes"][0]["slope"] is None
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_bad_input_is_refused(engine: str) -> None:
     program, x = getattr(LinearVAE(4, 2), engine)(), with_covariance(EIGENVALUES, 20)
     for betas, options, text in [
@@ -156,7 +156,7 @@ def test_bad_input_is_refused(engine: str) -> None:
             rate_distortion(program, x, betas, progress=False, **options)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_latent_outside_the_plate_is_refused(engine: str) -> None:
     from importlib import import_module
 

@@ -263,7 +263,7 @@ def test_mean_gradients_are_those_of_brute_force(engine: str, row: int) -> None:
     assert np.mean(powerful) > 0.7, "no power"
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_enumeration_has_less_variance(engine: str) -> None:
     spread = [sum(d.var(axis=0).sum() for d in measured(engine, row).values()) for row in range(2)]
     assert spread[0] < 0.7 * spread[1]
@@ -288,7 +288,7 @@ def test_a_label_leaves_the_classifier_to_the_classification_term(engine: str, o
             np.testing.assert_allclose(grad[0], want[name], 1e-6, 1e-9)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_classes_of_no_probability_count_exactly_zero(engine: str) -> None:
     """The enumerated bound of a labelled datum is that of its class alone, whatever the others' likelihood."""
     weights, _ = exact_without_style()
@@ -325,7 +325,7 @@ def test_classification_is_of_training_alone(engine: str, num_particles: int) ->
     assert found["shaped_bound"] == pytest.approx((found["plain"] + 0.5 * kl + WEIGHT * term).mean())
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_classification_refuses_what_records_nothing(engine: str) -> None:
     settings: dict[str, Any] = {"objective": Classification(OBJECTIVES[0]), "progress": False}
     with pytest.raises(InvalidArgument, match="Classification must record 'log_classifier' by deterministic; got noth"):
@@ -339,7 +339,7 @@ def test_classification_refuses_what_records_nothing(engine: str) -> None:
 # --- classes and data ---------------------------------------------------------------------------------------------
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_class_probabilities_are_the_classifiers(engine: str) -> None:
     made = program(engine)
     found = class_probabilities(made, X, batch_size=3)
@@ -377,7 +377,7 @@ REFUSED = [
 ]
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.parametrize(("labels", "message"), REFUSED, ids=str)
 def test_bad_labels_are_refused(engine: str, labels: np.ndarray, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):

@@ -175,7 +175,7 @@ def test_between_the_states_both_densities_are_continued(engine: str, spec: Sigm
     np.testing.assert_allclose(guide, log_guide(weights, layers, X), rtol=1e-11)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_whole_number_states_are_as_good_as_floats(engine: str) -> None:
     values = named(states(TINY[2]))
     program = trained(engine, TINY[2])
@@ -235,7 +235,7 @@ def test_it_trains_with_an_autoregressive_guide(engine: str, objective: Any) -> 
         assert not within[~below].any()
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_training_finds_the_evidence(engine: str) -> None:
     """Data of two patterns: a net with one binary unit can tell them apart, and its bound then is their entropy."""
     x = np.repeat([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]], 32, axis=0)
@@ -263,7 +263,7 @@ def test_gradients_that_look_at_the_logits_refuse_the_autoregressive_guide(engin
         fit(program, data(), objective=ELBO(gradient=gradient), epochs=1, progress=False)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_pathwise_gradient_is_refused(engine: str) -> None:
     program = getattr(SigmoidBeliefNet(5, (3,)), engine)()
     with pytest.raises(Refused, match="site 'z1' under Pathwise must have a reparameterised guide"):

@@ -116,7 +116,7 @@ def test_collapsed_has_given_up_every_direction(engine: str) -> None:
     assert row["distortion"] == pytest.approx(without, abs=0.2)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_informative_is_the_closed_form_at_its_beta(engine: str) -> None:
     """One latent for the largest of the directions: KL = ½ log(λ / βσ²), which at β = 1 would be 0.35 less."""
     spec, start = LinearVAE(5, 1, scale=float(np.sqrt(S2))), Informative(epochs=300, beta=0.5)
@@ -153,7 +153,7 @@ def test_ppca_teaches_a_vae(engine: str) -> None:
     assert run.history[0]["bound"] == pytest.approx(best, abs=0.01)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_live_dimensions_are_counted_by_their_mean_kl(engine: str) -> None:
     """Of given weights, by the closed form of a Gaussian's KL to the prior; where the guide factorises alone."""
     weights = LINEAR.optimum(DATA)
@@ -181,7 +181,7 @@ def adam_by_hand(mu: np.ndarray, steps: int) -> np.ndarray:
     return mu
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.parametrize("start", [Collapsed(epochs=2), Informative(epochs=2)], ids=str)
 def test_the_optimiser_starts_anew(engine: str, start: Any) -> None:
     """A program whose gradient has neither noise nor rate: two steps of Adam, and then three of another."""
@@ -248,7 +248,7 @@ def test_an_objective_keeps_its_gradient_in_the_phase(engine: str) -> None:
 # --- what cannot be -------------------------------------------------------------------------------------------------
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_bad_starts_are_refused(engine: str) -> None:
     for options, text in [
         ({"start": "collapsed"}, "start must be a Start; got 'collapsed'"),
@@ -268,7 +268,7 @@ def test_bad_starts_are_refused(engine: str) -> None:
         Informative(beta=-1.0)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_phase_that_diverges_says_so(engine: str) -> None:
     with pytest.raises(NonFinite, match="of the starting phase"):
         begin(engine, start=Informative(epochs=5), learning_rate=1e200)

@@ -95,7 +95,7 @@ def test_pixels_are_binarised_as_in_memory(engine: str, binarize: str, tmp_path:
     assert same(one, two)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_images_and_labels_of_integer_types(engine: str, tmp_path: Path) -> None:
     """Two files; images are flattened, integers become floats, labels stay."""
     spec = SemiSupervisedVAE(data_dim=6, latent_dim=2, num_classes=3, network=MLP(hidden=(4,)))
@@ -120,7 +120,7 @@ def test_replicates_each_in_their_own_order(engine: str, tmp_path: Path) -> None
     assert all(same(*pair) for pair in pairs)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_start_with_a_phase(engine: str, tmp_path: Path) -> None:
     one, two = (train(engine, d, start=Collapsed(epochs=2), epochs=1) for d in (GREY, saved(GREY, tmp_path)))
     assert same(one, two)
@@ -308,7 +308,7 @@ def test_an_iterable_trains_as_an_array_in_its_order(
     assert readers() == []
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.pyro
 def test_a_data_loader(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tuples of tensors, whose last batch is smaller; what it draws does not reach the training's noise."""
@@ -387,7 +387,7 @@ def test_what_cannot_be_trained_on(engine: str, case: str) -> None:
     assert readers() == []
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_number_of_data_is_asked_for_where_it_matters(engine: str) -> None:
     """A latent outside the plate is charged once for all data: how many nobody knows."""
     made = with_global(engine)

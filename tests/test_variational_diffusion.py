@@ -124,7 +124,7 @@ def test_stratified_times_are_uniform_and_even(engine: str) -> None:
     assert abs(np.corrcoef(alone[:, 0], alone[:, 1])[0, 1]) < 0.25
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_stratified_times_lower_the_variance_of_a_batch(engine: str) -> None:
     """By how much: the batch's mean charge has the variance that is left within strata."""
     x, spread = np.random.default_rng(0).standard_normal((64, 16)), {}
@@ -166,7 +166,7 @@ def random_schedule(spec: Any) -> dict[str, np.ndarray]:
 LEARNED = replace(GAUSSIAN, schedule=LearnedSchedule(6.0, -3.0, schedule_units=3))
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_learned_schedule_is_what_it_says(engine: str) -> None:
     weights = random_schedule(LEARNED)
     given = getattr(LEARNED, engine)().with_weights(weights)
@@ -189,7 +189,7 @@ def test_a_learned_schedule_begins_near_the_line(engine: str) -> None:
     assert np.abs(drawn["level"][0, :, 0] - line).max() < 0.3
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 @pytest.mark.parametrize("minimise", [False, True])
 def test_what_a_learned_schedule_follows(engine: str, minimise: bool) -> None:
     """The gradient between the ends: of the bound, 0 on average, or of ``E[l^2] / E[l]``, by quadrature."""
@@ -268,7 +268,7 @@ def test_the_flow_is_as_likely_as_in_closed_form(engine: str, scale: float) -> N
     np.testing.assert_allclose(probed, want, rtol=0, atol=1e-6)  # the Jacobian is a multiple of the identity
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_trace_is_the_jacobians(engine: str) -> None:
     """On a network, whose Jacobian has no such form: the density integrates to one, and probes agree on average."""
     spec = VariationalDiffusion(1, SMALL, schedule=LinearSchedule(4.0, -4.0), likelihood=ExactNormal())
@@ -297,7 +297,7 @@ def test_draws(engine: str, sampler: Any) -> None:
     np.testing.assert_array_equal(found[:3], draw(given, 1500, sampler=sampler, num_steps=150)[:3])
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_samplers_refuse(engine: str) -> None:
     given = program(engine, GAUSSIAN)
     with pytest.raises(InvalidArgument, match="sampler must be one of"):

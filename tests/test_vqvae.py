@@ -161,7 +161,7 @@ def test_what_is_no_code_has_no_mass(engine: str) -> None:
     assert np.isneginf(terms["log_guide"]).all()
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_the_grid_rounds_each_entry(engine: str) -> None:
     spec = replace(SMALL, quantizer=FiniteScalar((8, 5, 3)))
     weights = random_weights(spec)
@@ -346,7 +346,7 @@ def test_other_gradients_are_refused(engine: str, gradient: Any) -> None:
         fit(getattr(SMALL, engine)(), X, objective=objective, epochs=1, progress=False)
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_straight_through_is_refused_where_nothing_is_discrete(engine: str) -> None:
     vae = VAE(6, 2, MLP((5,)), guide=DiagonalGaussian())
     with pytest.raises(Refused, match=r"under StraightThrough must have a site .*Use gradient=Pathwise\(\)"):
@@ -522,7 +522,7 @@ def test_more_codes_than_outputs(engine: str) -> None:
 # --- in use -----------------------------------------------------------------------------------------------------
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_code_usage(engine: str) -> None:
     spec = replace(SMALL, quantizer=RESIDUAL)
     weights = random_weights(spec)
@@ -546,7 +546,7 @@ def test_one_code_carries_nothing(engine: str) -> None:
     assert code_usage(run.program, X).perplexity == [1.0]
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_a_learned_prior_lowers_the_rate(engine: str) -> None:
     x = np.eye(6)[np.arange(64) % 2]  # two data, so one or two pairs of codes
     spec = replace(SMALL, quantizer=Codebook(8, 3), **AUTOREGRESSIVE | {"prior_layers": 1})
@@ -603,7 +603,7 @@ def test_bad_input(make: Any, message: str) -> None:
         make()
 
 
-@PYRO_ALONE  # other tests run NumPyro's side of it
+@PYRO_ALONE
 def test_latents_that_the_places_do_not_divide(engine: str) -> None:
     vae = VAE(16, 3, FullyConv((1, 4, 4), (3,)))
     with pytest.raises(InvalidArgument, match="must be a multiple of its 4 places; got"):
