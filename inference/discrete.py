@@ -557,6 +557,7 @@ class Enumerate(DiscreteEstimator):
     """
 
     families = ("Bernoulli", "Categorical", "OneHotCategorical")
+    repeats = True
 
     def check_terms(self, bound: Bound, terms: Terms) -> None:
         super().check_terms(bound, terms)

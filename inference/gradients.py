@@ -51,6 +51,8 @@ class GradientEstimator(ABC):
     allows_gain_per_dimension = True
     allows_quantised = False
     """Whether it can serve a site whose path is a straight-through one, and train its codebook."""
+    repeats = False
+    """Whether it runs the program at several values for each particle, which an engine may then run as particles."""
 
     @property
     def uses_step(self) -> bool:

@@ -593,21 +593,35 @@ def particles(
                 out.setdefault(name, []).append(density)
         return {n: torch.cat(v) for n, v in out.items()}
 
+    repeated: dict[Any, Terms] = {}
+
     def rerun(choose: Callable[[Draw], Choice], given: Mapping[str, Any], repeat: int) -> Terms:
-        at_once = repeat if together else 1
-        pair = programs
-        if together:
-            plate = pyro.plate(_PARTICLES, num_particles * repeat, dim=particle_dim)
+        if repeat == 1:
+            return rerun_at(choose, given, repeat)
+        # A step asks thrice: for the gradient, the bound and the shaped bound.
+        asked = choose, repeat, tuple((n, v.tobytes()) for n, v in given.items())
+        for differentiable in {True, torch.is_grad_enabled()}:
+            if (asked, differentiable) in repeated:
+                return repeated[asked, differentiable]
+        return repeated.setdefault((asked, torch.is_grad_enabled()), rerun_at(choose, given, repeat))
+
+    def rerun_at(choose: Callable[[Draw], Choice], given: Mapping[str, Any], repeat: int) -> Terms:
+        device = next(iter(runs[0].values.values())).device
+        given = _tree(lambda x: torch.as_tensor(x, device=device), given)
+        dim = particle_dim if repeat == 1 or nesting is None else -1 - nesting
+        if dim is None:
+            out = [
+                choose_values(run, programs, _Choose(choose, run.values, _tree(lambda x, at=at: x[at], given)))
+                for at, run in enumerate(run for run in runs for _ in range(repeat))
+            ]
+        else:
+            (run,), plate = runs, pyro.plate(_PARTICLES, num_particles * repeat, dim=dim)
+            drawn = run.values if together else _as_particle(run, dim)
+            drawn = {n: v.repeat_interleave(repeat, dim=0) for n, v in drawn.items()}
             pair = plate(programs[0]), plate(programs[1])
-        given = _tree(torch.as_tensor, given)
-        out = []
-        for k, run in enumerate(runs):
-            drawn = {n: v.repeat_interleave(at_once, dim=0) if together else v for n, v in run.values.items()}
-            for i in range(repeat // at_once):
-                one = given if together else _tree(lambda x, at=k * repeat + i: x[at], given)
-                out.append(choose_values(replace(run, values=drawn), pair, _Choose(choose, drawn, one)))
-        parts = [_site_arrays(r.guide_trace, r.model_trace, layout, particle_dim, analytic_kl) for r, _ in out]
-        return replace(_terms(parts, [r for r, _ in out], layout, step), **chosen(out))
+            out = [choose_values(replace(run, values=drawn), pair, _Choose(choose, drawn, given))]
+        parts = [_site_arrays(r.guide_trace, r.model_trace, layout, dim, analytic_kl) for r, _ in out]
+        return replace(_terms(parts, [r for r, _ in out], layout, step), **chosen(out, dim))
 
     def choose_values(run: _Run, pair: tuple[Callable, Callable], chooser: _Choose) -> tuple[_Run, dict[str, Choice]]:
         """Guide and model run again at chosen values; a relaxed one lies between the states, so none is validated."""
@@ -623,7 +637,7 @@ def particles(
             model_trace = _marginalised(model_trace, pair[0], args, kwargs, given, guide_trace)
         return replace(run, guide_trace=guide_trace, model_trace=model_trace, values=values), chooser.choices
 
-    def chosen(out: list[tuple[_Run, dict[str, Choice]]]) -> dict[str, Any]:
+    def chosen(out: list[tuple[_Run, dict[str, Choice]]], dim: int | None) -> dict[str, Any]:
         """What the estimator scored and kept, particles first."""
         scores: dict[str, list[torch.Tensor]] = {}
         kept: dict[str, dict[str, list[torch.Tensor]]] = {}
@@ -632,11 +646,9 @@ def particles(
                 if choice.score is not None:
                     fn = run.guide_trace.nodes[name]["fn"]
                     event_ndim = fn.event_dim + isinstance(_strip(fn)[0], dist.Categorical)
-                    scores.setdefault(name, []).append(
-                        _lead(choice.score, event_ndim, layout, particle_dim).sum(dim=-1)
-                    )
+                    scores.setdefault(name, []).append(_lead(choice.score, event_ndim, layout, dim).sum(dim=-1))
                 for key, value in choice.kept.items():
-                    kept.setdefault(name, {}).setdefault(key, []).append(value if together else value[None])
+                    kept.setdefault(name, {}).setdefault(key, []).append(value[None] if dim is None else value)
         joined = {n: {key: torch.cat(v) for key, v in each.items()} for n, each in kept.items()}
         return {"scores": {n: torch.cat(v) for n, v in scores.items()}, "kept": joined}
 
@@ -660,6 +672,12 @@ def particles(
     data = args[0] if args else None
     terms = replace(terms, refreeze=refreeze, redraw=redraw, rerun=rerun, dreamt=dreamt)
     return replace(terms, recorded=recorded, data=data)
+
+
+def _as_particle(run: _Run, particle_dim: int) -> dict[str, torch.Tensor]:
+    """The latents of a run without a plate of particles, as those of the only particle in one."""
+    leading = {n: v.dim() - run.guide_trace.nodes[n]["fn"].event_dim + particle_dim for n, v in run.values.items()}
+    return {n: v.reshape((1,) * -leading[n] + v.shape) for n, v in run.values.items()}
 
 
 def _tree(fn: Callable, tree: Any) -> Any:
@@ -790,6 +808,11 @@ def _terms(parts: list[dict[str, Any]], runs: list[_Run], layout: _Layout, step:
     )
 
 
+def runs_several(objective: Objective) -> bool:
+    """Whether a step runs the program at several values of its latents."""
+    return objective.num_particles > 1 or objective.gradient.repeats
+
+
 def particle_plate(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> int | None:
     """Where a plate of particles fits, left of the program's own: its nesting; None if the program must be looped.
 
@@ -811,8 +834,9 @@ def particle_plate(model: Callable, guide: Callable, args: tuple, kwargs: Mappin
     if not wrong:
         return nesting
     warnings.warn(
-        f"The program does not broadcast over a particle dim on the left ({wrong}), so its particles are run one by "
-        "one, which is slower. Count dims from the right, and put data in a plate.",
+        f"The program does not broadcast over a particle dim on the left ({wrong}), so its particles, or "
+        "the states that are summed over, are run one by one, which is slower. Count dims from the right, and put data "
+        "in a plate.",
         stacklevel=3,
     )
     return None
@@ -960,7 +984,7 @@ class Loss(PyroELBO):
 
     def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Terms:
         """Run the program once and check the objective against it."""
-        if self.num_particles > 1 and self.vectorize_particles and self.plate_nesting is None:
+        if runs_several(self.objective) and self.vectorize_particles and self.plate_nesting is None:
             self.plate_nesting = particle_plate(model, guide, args, kwargs)
             self.vectorize_particles = self.plate_nesting is not None
         terms = particles(
@@ -1184,9 +1208,16 @@ class Program:
         tensors = (v for v in self._tensors().values() if v.is_floating_point())
         return torch.empty(0, dtype=next((v.dtype for v in tensors), None)).numpy().dtype
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where its parameters are, those that a frozen program hides among them; None without any."""
+        if isinstance(self.model, _Hidden):
+            return self.model._program.device
+        return next((v.device for v in self._tensors().values()), None)
+
     def _inputs(self, args: tuple) -> tuple:
         """NumPy arrays as tensors, floats in the parameters' type; all tensors on the parameters' device."""
-        device, dtype = next((v.device for v in self._tensors().values()), None), self.float_dtype
+        device, dtype = self.device, self.float_dtype
         arrays = (a.astype(dtype, copy=False) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args)
         return tuple(
             torch.as_tensor(a, device=device) if isinstance(a, np.ndarray | torch.Tensor) else a for a in arrays

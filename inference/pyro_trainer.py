@@ -23,7 +23,15 @@ from elbozoo.inference.errors import CorruptFile, must
 from elbozoo.inference.objectives import Objective
 from elbozoo.inference.optimizers import Adam
 from elbozoo.inference.pyro_devices import Together, local
-from elbozoo.inference.pyro_engine import OWN, OwnNumbers, Program, kept_buffers, particle_plate, particles
+from elbozoo.inference.pyro_engine import (
+    OWN,
+    OwnNumbers,
+    Program,
+    kept_buffers,
+    particle_plate,
+    particles,
+    runs_several,
+)
 from elbozoo.inference.pyro_graph import traced
 from elbozoo.inference.recording import NOBODY, check_amortised, check_counts, first_non_finite, step_metrics
 from elbozoo.inference.weights import frozen_names
@@ -70,7 +78,7 @@ class Trainer:
         (self.seed,) = seeds
         self.together = Together(devices, self.seed, objective) if devices > 1 else None
         self.num_data = len(data[0]) if num_data is None else num_data
-        self.device = _device(local(device) if self.together else device)
+        self.device = _device(local(device) if self.together else device) or program.device or torch.device("cpu")
         self.objective, self.redraw_pixels, self.step = objective, redraw_pixels, 0
         self.compiled: Callable | None = None
         self.compile_after: float = STEPS_BEFORE_TRACING
@@ -89,7 +97,7 @@ class Trainer:
                 if self.batch_size < self.num_data:
                     check_amortised(self._shapes(example), self._shapes(tuple(a[:2] for a in example)))
                 self.program.materialise(example)
-            if objective.num_particles > 1:
+            if runs_several(objective):
                 with self.program.parameters():
                     self.nesting = particle_plate(self.program.model, self.program.guide, example, {})
             if objective.gradient.keeps_numbers:
@@ -451,9 +459,11 @@ def _alike(one: np.ndarray, two: np.ndarray) -> bool:
     return (one.shape, one.dtype) == (two.shape, two.dtype)
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
     try:
-        device = torch.device("cpu" if name is None else "cuda" if name == "gpu" else name)
+        device = torch.device("cuda" if name == "gpu" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
         found = ["cpu", *(["gpu"] if torch.cuda.is_available() else [])]

@@ -357,7 +357,8 @@ class Terms:
         Args:
             choose: from a :class:`Draw` to a :class:`Choice`, written for arrays of either library.
             given: by site, numbers for ``choose``, with ``repeat K`` particles in front (of a tree of arrays).
-            repeat: run every particle so many times, one after the other along the first axis.
+            repeat: run every particle so many times, one after the other along the first axis. ``given`` are then NumPy
+                arrays, and what is asked for again on the same terms may be the same run.
         """
         assert self.rerun is not None, "these terms were not made by an engine"
         fresh = self.rerun(choose, given or {}, repeat)

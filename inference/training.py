@@ -291,7 +291,7 @@ def fit(
             shape, type and sixteen rows, of an iterable by the shapes of its batches. A resumed iterable begins a pass:
             bit for bit where every pass is the same and an epoch is a pass.
         checkpoint_every: epochs between checkpoints; the last epoch always has one.
-        device: "cpu", "gpu", …; the library's default when None.
+        device: "cpu", "gpu", …; when None, where the weights of a Pyro program are, else the library's default.
         devices: train one model on so many devices, each with its share of every minibatch (``batch_size`` is of all
             together, and a multiple). On JAX they are devices of this process. On torch each is a process of its own,
             started by ``torchrun --nproc-per-node n script.py``, and all call ``fit`` alike; the first one writes the

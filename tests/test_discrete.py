@@ -24,6 +24,7 @@ from elbozoo.inference.discrete import ARM, REBAR, RELAX, DisARM, Enumerate, Gum
 from elbozoo.inference.errors import InvalidArgument, Refused
 from elbozoo.inference.gradients import NVIL, RWS, VIMCO, Covariance, ScoreFunction
 from elbozoo.inference.objectives import ELBO, IWAE, PIWAE, TVO
+from elbozoo.inference.shapes import AnnealedKL
 
 DRAWS = 200_000
 SIGMAS = 4.5
@@ -701,6 +702,45 @@ def test_settings_that_make_no_sense(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.pyro
+def test_states_are_run_together_and_once_a_step() -> None:
+    """Though a step asks thrice: for the gradient, the bound and the shaped bound."""
+    import pyro
+    import pyro.distributions as dist
+    import torch
+
+    from elbozoo.inference.pyro_engine import Loss
+    from elbozoo.inference.recording import step_metrics
+
+    x, loc, calls = torch.tensor([0.1, -0.4, 1.2]), torch.tensor([-1.0, 0.0, 1.0, 2.0]), []
+
+    def model(x: Any) -> None:
+        calls.append(x)
+        with pyro.plate("data", 3):
+            d = pyro.sample("d", dist.Categorical(logits=pyro.param("m", torch.zeros(4))))
+            pyro.sample("x", dist.Normal(loc[d], 1.0), obs=x)
+
+    def guide(x: Any) -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("d", dist.Categorical(logits=pyro.param("g", torch.tensor([0.3, -0.2, 0.5, 0.0]))))
+
+    objective, found = AnnealedKL(ELBO(gradient=Enumerate()), warmup=2, unit="steps"), []
+    for together in (True, False):
+        pyro.clear_param_store()
+        loss = Loss(objective, vectorize_particles=together)
+        loss.terms(model, guide, x)  # where it is tried whether the program broadcasts
+        calls.clear()
+        terms = loss.terms(model, guide, x)
+        surrogate = objective.surrogate(terms).sum()
+        metrics = step_metrics(objective, terms)
+        assert len(calls) == {True: 1 + 1, False: 1 + 4}[together]  # the step's own run, and that of the states
+        params = [pyro.get_param_store()._params[n] for n in "mg"]
+        found.append([metrics["bound"], metrics["shaped_bound"], *torch.autograd.grad(surrogate, params)])
+    for ours, looped in zip(*found, strict=True):
+        torch.testing.assert_close(ours, looped, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The program does not broadcast")  # which is tried before the program is refused
 @pytest.mark.parametrize("gradient", [Enumerate(), RELAX()], ids=lambda g: type(g).__name__)
 def test_entries_that_no_shared_plate_holds_are_not_taken_together(engine: str, gradient: Any) -> None:
     """Three coins of one site: to give all of them one state would leave out six of eight states."""

@@ -207,3 +207,13 @@ def test_last_layers_begin_at_their_share_of_glorots_bound(engine: str) -> None:
         if name.endswith(".weight"):
             bound = (6 / sum(array.shape)) ** 0.5 * (0.1 if ".layers.1." in name else 1.0)
             assert 0.9 * bound < np.abs(array).max() <= bound, name
+
+
+def test_hidden_layers_begin_at_their_share_of_glorots_bound(engine: str) -> None:
+    from test_twins import initial_weights
+
+    network = MLP((50, 40), hidden_gain=0.02, output_gain=0.5)
+    for name, array in initial_weights(engine, VAE(40, 10, network)).items():
+        if name.endswith(".weight"):
+            bound = (6 / sum(array.shape)) ** 0.5 * (0.5 if ".layers.2." in name else 0.02)
+            assert 0.9 * bound < np.abs(array).max() <= bound, name

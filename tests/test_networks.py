@@ -82,3 +82,29 @@ def test_arguments_without_a_hash_and_of_equal_value() -> None:
         make = partial(Scaled, by)
         _, weights = run(make=make)
         assert run(weights, make=make)[0][0] == str(by)
+
+
+def test_inputs_in_parts_are_inputs_side_by_side() -> None:
+    """A part that others share is multiplied once, before it is broadcast."""
+    import jax
+    from flax import nnx
+
+    module = build()(nnx.Rngs(0))
+    parts = X[:, :3], np.linspace(-1.0, 1.0, 7)[:, None, None]
+    whole = np.concatenate([np.broadcast_to(part, (7, 5, part.shape[-1])) for part in parts], -1)
+    np.testing.assert_allclose(module(*parts), module(whole), rtol=1e-12)
+    cost = [jax.jit(module).lower(*x).compile().cost_analysis()["flops"] for x in (parts, (whole,))]
+    assert cost[0] < 0.7 * cost[1]
+
+
+@pytest.mark.pyro
+@pytest.mark.parametrize("hidden", [(3,), ()])
+def test_inputs_in_parts_are_inputs_side_by_side_in_torch(hidden: tuple[int, ...]) -> None:
+    import torch
+
+    from elbozoo.zoo.networks.networks_pyro import MLPEncoder
+
+    module = MLPEncoder(MLP(hidden), 4, 2).double()
+    parts = torch.as_tensor(X[:, :3]), torch.linspace(-1.0, 1.0, 7, dtype=torch.float64)[:, None, None]
+    whole = torch.cat([part.expand(7, 5, -1) for part in parts], -1)
+    torch.testing.assert_close(module(*parts), module(whole), rtol=1e-12, atol=1e-12)

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from elbozoo.zoo.gaussian_mixture_vae import GaussianMixtureVAE
 from elbozoo.zoo.networks.networks_numpyro import network
-from elbozoo.zoo.semi_supervised_vae.model_numpyro import join, one_hot
+from elbozoo.zoo.semi_supervised_vae.model_numpyro import one_hot
 from elbozoo.zoo.spec import plate_sizes
 
 
@@ -109,7 +109,8 @@ class Guide:
         spec = self.spec
         posterior = network(self.prefix + "posterior", partial(self.Posterior, spec.guide, spec.latent_dim))
         encoder = network(self.prefix + "encoder", partial(self.Encoder, spec.network, *spec.encoder_sizes))
-        return posterior(encoder(x if y is None else join(x, one_hot(y, spec.num_clusters))))
+        said = () if y is None else (one_hot(y, spec.num_clusters),)
+        return posterior(encoder(jnp.asarray(x), *said))
 
     def __call__(self, x: ArrayLike, size: int | None = None) -> Array:
         """Sample z and y given x. Returns z of shape (B, latent_dim)."""

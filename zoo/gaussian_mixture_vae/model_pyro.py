@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from elbozoo.zoo.gaussian_mixture_vae import GaussianMixtureVAE
-from elbozoo.zoo.semi_supervised_vae.model_pyro import join, one_hot
+from elbozoo.zoo.semi_supervised_vae.model_pyro import one_hot
 from elbozoo.zoo.spec import plate_sizes
 
 
@@ -98,7 +98,8 @@ class Guide(PyroModule):
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
         """q(z | x), or q(z | x, y)."""
-        return self.posterior(self.encoder(x if y is None else join(x, one_hot(y, self.spec.num_clusters, x.dtype))))
+        said = () if y is None else (one_hot(y, self.spec.num_clusters, x.dtype),)
+        return self.posterior(self.encoder(x, *said))
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """Sample z and y given x. Returns z of shape (B, latent_dim)."""

@@ -58,6 +58,8 @@ class MLP(Network):
             shifts it (weight 1 and bias 0 at first); "none" does not.
         output_gain: factor on the last layer's initial weights. Below 1 a tower of networks begins near its biases:
             scales near one, evidence near none.
+        hidden_gain: factor on the hidden layers' initial weights. Near 0 every unit begins at the activation of 0,
+            and what a network says of two data differs by no more than it has learned.
 
     Parameters: ``layers.<i>.weight`` (out, in), ``layers.<i>.bias`` (out,); ``norms.<i>.weight``, ``norms.<i>.bias``
     (units,) under layer normalisation.
@@ -73,12 +75,14 @@ class MLP(Network):
     activation: str = "tanh"
     normalization: str = "none"
     output_gain: float = 1.0
+    hidden_gain: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", whole_numbers("hidden", self.hidden))
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("normalization", self.normalization, NORMALIZATIONS)
         positive("output_gain", self.output_gain)
+        positive("hidden_gain", self.hidden_gain)
 
     @property
     def last_bias(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from flax import nnx
 from jax import Array
@@ -81,6 +82,16 @@ def linear(num_inputs: int, num_outputs: int, rngs: nnx.Rngs, bias: bool = True)
     )
 
 
+def side_by_side(layer: nnx.Linear, parts: Sequence[Array]) -> Array:
+    """The layer's outputs for inputs in parts. Parts broadcast after their products: one that many share costs one."""
+    if len(parts) == 1:
+        return layer(parts[0])
+    ends = np.cumsum([part.shape[-1] for part in parts])
+    first, *others = map(jnp.matmul, parts, jnp.split(layer.kernel[...], ends[:-1]))
+    bias = layer.bias
+    return sum(others, start=first if bias is None else first + bias[...])
+
+
 def conv(num_inputs: int, num_outputs: int, stride: int = 1, *, rngs: nnx.Rngs) -> nnx.Conv:
     """A 3x3 convolution with padding 1 and the initial weights the specs pin."""
     return nnx.Conv(
@@ -136,26 +147,28 @@ class MLPEncoder(nnx.Module):
         self.activation = ACTIVATIONS[spec.activation]
         sizes = (num_inputs, *spec.hidden, num_outputs)
         self.layers = nnx.List([linear(*pair, rngs=rngs) for pair in pairwise(sizes)])
-        last = self.layers[-1].kernel
-        last[...] = spec.output_gain * last[...]
+        gains = (*[spec.hidden_gain] * len(spec.hidden), spec.output_gain)
+        for layer, gain in zip(self.layers, gains, strict=True):
+            layer.kernel[...] = gain * layer.kernel[...]
         self.norms = nnx.List([LayerNorm(units) for units in spec.hidden if spec.normalization == "layer"])
 
-    def features(self, x: Array) -> Array:
-        """The last hidden layer."""
+    def features(self, *parts: Array) -> tuple[Array, ...]:
+        """The last hidden layer; of none, the parts."""
         for i, layer in enumerate(self.layers[:-1]):
-            x = layer(x)
-            x = self.activation(self.norms[i](x) if self.norms else x)
-        return x
+            x = side_by_side(layer, parts)
+            parts = (self.activation(self.norms[i](x) if self.norms else x),)
+        return parts
 
-    def __call__(self, x: Array) -> Array:
-        return self.layers[-1](self.features(x))
+    def __call__(self, *parts: Array) -> Array:
+        """The outputs for inputs that are given whole, or in parts whose leading dimensions broadcast."""
+        return side_by_side(self.layers[-1], self.features(*parts))
 
 
 class MLPRung(MLPEncoder):
     """One rung of a ladder: outputs and, for the next rung, the last hidden layer."""
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        features = self.features(x)
+        (features,) = self.features(x)
         return self.layers[-1](features), features
 
 

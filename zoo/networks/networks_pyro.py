@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,15 @@ def linear(num_inputs: int, num_outputs: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
+def side_by_side(layer: Any, parts: Sequence[Tensor]) -> Tensor:
+    """The layer's outputs for inputs in parts. Parts broadcast after their products: one that many share costs one."""
+    if len(parts) == 1:
+        return layer(parts[0])
+    weights = layer.weight.split([part.shape[-1] for part in parts], dim=1)
+    first, *others = map(functional.linear, parts, weights)
+    return sum(others, start=first + layer.bias)
+
+
 def conv(num_inputs: int, num_outputs: int, stride: int = 1, size: int = 3) -> nn.Conv2d:
     """A convolution that keeps the height and width, but for its stride, and the initial weights the specs pin."""
     layer = nn.Conv2d(num_inputs, num_outputs, size, stride=stride, padding=size // 2)
@@ -49,27 +59,30 @@ class MLPEncoder(nn.Module):
         self.activation = ACTIVATIONS[spec.activation]
         sizes = (num_inputs, *spec.hidden, num_outputs)
         layers = [linear(*pair) for pair in pairwise(sizes)]
+        gains = (*[spec.hidden_gain] * len(spec.hidden), spec.output_gain)
         with torch.no_grad():
-            layers[-1].weight.mul_(spec.output_gain)
+            for layer, gain in zip(layers, gains, strict=True):
+                layer.weight.mul_(gain)
         self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList([nn.LayerNorm(units) for units in spec.hidden if spec.normalization == "layer"])
 
-    def features(self, x: Tensor) -> Tensor:
-        """The last hidden layer."""
+    def features(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """The last hidden layer; of none, the parts."""
         for i, layer in enumerate(self.layers[:-1]):
-            x = layer(x)
-            x = self.activation(self.norms[i](x) if self.norms else x)
-        return x
+            x = side_by_side(layer, parts)
+            parts = (self.activation(self.norms[i](x) if self.norms else x),)
+        return parts
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers[-1](self.features(x))
+    def forward(self, *parts: Tensor) -> Tensor:
+        """The outputs for inputs that are given whole, or in parts whose leading dimensions broadcast."""
+        return side_by_side(self.layers[-1], self.features(*parts))
 
 
 class MLPRung(MLPEncoder):
     """One rung of a ladder: outputs and, for the next rung, the last hidden layer."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        features = self.features(x)
+        (features,) = self.features(x)
         return self.layers[-1](features), features
 
 

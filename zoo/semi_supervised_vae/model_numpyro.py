@@ -30,7 +30,7 @@ class Model:
         spec = self.spec
         likelihood = network(self.prefix + "likelihood", partial(self.Likelihood, spec.likelihood))
         decoder = network(self.prefix + "decoder", partial(self.Decoder, spec.network, *spec.decoder_sizes))
-        return likelihood(decoder(join(one_hot(y, spec.num_classes), z)))
+        return likelihood(decoder(one_hot(y, spec.num_classes), jnp.asarray(z)))
 
     def __call__(self, x: ArrayLike | None = None, y: ArrayLike | None = None, size: int | None = None) -> Array:
         """Sample y, z and x, or score x; the labels are the guide's to read. Returns x of shape (B, data_dim)."""
@@ -62,7 +62,7 @@ class Guide:
         spec = self.spec
         posterior = network(self.prefix + "posterior", partial(self.Posterior, spec.guide, spec.latent_dim))
         encoder = network(self.prefix + "encoder", partial(self.Encoder, spec.network, *spec.encoder_sizes))
-        return posterior(encoder(join(x, one_hot(y, spec.num_classes))))
+        return posterior(encoder(jnp.asarray(x), one_hot(y, spec.num_classes)))
 
     def __call__(self, x: ArrayLike, y: ArrayLike | None = None, size: int | None = None) -> Array:
         """Sample y and z given x and the labels that are known. Returns z of shape (B, latent_dim)."""
@@ -79,12 +79,6 @@ class Guide:
 def one_hot(y: ArrayLike, num_classes: int) -> Array:
     """All zeros for a label that is not known."""
     return (jnp.asarray(y)[..., None] == jnp.arange(num_classes)).astype(jnp.result_type(float))
-
-
-def join(a: ArrayLike, b: ArrayLike) -> Array:
-    """Side by side along the last axis, the others broadcast."""
-    leading = jnp.broadcast_shapes(jnp.shape(a)[:-1], jnp.shape(b)[:-1])
-    return jnp.concatenate([jnp.broadcast_to(v, (*leading, jnp.shape(v)[-1])) for v in (a, b)], -1)
 
 
 def log_probability(logits: Array, y: ArrayLike) -> Array:

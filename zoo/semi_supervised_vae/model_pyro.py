@@ -28,7 +28,7 @@ class Model(PyroModule):
 
     def decode(self, y: Tensor, z: Tensor) -> dist.TorchDistribution:
         """p(x | y, z) for classes y of shape (...) and z of shape (..., latent_dim)."""
-        return self.likelihood(self.decoder(join(one_hot(y, self.spec.num_classes, z.dtype), z)))
+        return self.likelihood(self.decoder(one_hot(y, self.spec.num_classes, z.dtype), z))
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None) -> Tensor:
         """Sample y, z and x, or score x; the labels are the guide's to read. Returns x of shape (B, data_dim)."""
@@ -57,7 +57,7 @@ class Guide(PyroModule):
 
     def encode(self, x: Tensor, y: Tensor) -> dist.TorchDistribution:
         """q(z | x, y) for x of shape (..., data_dim) and classes y of shape (...)."""
-        return self.posterior(self.encoder(join(x, one_hot(y, self.spec.num_classes, x.dtype))))
+        return self.posterior(self.encoder(x, one_hot(y, self.spec.num_classes, x.dtype)))
 
     def forward(self, x: Tensor, y: Tensor | None = None, size: int | None = None) -> Tensor:
         """Sample y and z given x and the labels that are known. Returns z of shape (B, latent_dim)."""
@@ -75,12 +75,6 @@ class Guide(PyroModule):
 def one_hot(y: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
     """All zeros for a label that is not known."""
     return (y[..., None] == torch.arange(num_classes, device=y.device)).to(dtype)
-
-
-def join(a: Tensor, b: Tensor) -> Tensor:
-    """Side by side along the last axis, the others broadcast."""
-    leading = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
-    return torch.cat([v.expand(*leading, v.shape[-1]) for v in (a, b)], -1)
 
 
 def log_probability(logits: Tensor, y: Tensor) -> Tensor:
