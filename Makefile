@@ -3,6 +3,7 @@
 # make lint     ruff and pyright, in the same venv
 # make format   what ruff can put right by itself
 # make arviz1   the tests marked `arviz` under ArviZ 1.x, which needs Python 3.12
+# make lowest   the demo with the oldest versions of what [numpyro] needs that pyproject.toml allows; not in CI
 # make venvs    the venvs of all of these, and of ci/; with -j2, two at a time
 #
 # PYTHON=... and PYTHON312=... choose other interpreters, WORKERS=... the number of test processes, and ARGS=... is
@@ -29,7 +30,7 @@ WORKERS ?= 2
 SPREAD := --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
-.PHONY: demo test lint format arviz1 venvs clean
+.PHONY: demo test lint format arviz1 lowest venvs clean
 
 demo: .venv-demo/stamp
 	.venv-demo/bin/elbozoo demo
@@ -57,6 +58,16 @@ arviz1: .venv-arviz1/stamp
 
 venvs: .venv-arviz1/stamp
 endif
+
+lowest: .venv-lowest/stamp
+	.venv-lowest/bin/python ci/one_engine.py numpyro
+	.venv-lowest/bin/elbozoo demo
+
+.venv-lowest/stamp: pyproject.toml setup.py ci/lowest.py
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python ci/lowest.py numpyro > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --no-compile --constraint $(@D)/constraints.txt --editable '.[numpyro]'
+	@touch $@
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache
