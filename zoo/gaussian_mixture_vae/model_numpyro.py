@@ -109,8 +109,9 @@ class Guide:
         spec = self.spec
         posterior = network(self.prefix + "posterior", partial(self.Posterior, spec.guide, spec.latent_dim))
         encoder = network(self.prefix + "encoder", partial(self.Encoder, spec.network, *spec.encoder_sizes))
-        said = () if y is None else (one_hot(y, spec.num_clusters),)
-        return posterior(encoder(jnp.asarray(x), *said))
+        x = jnp.asarray(x)
+        parts = (x,) if y is None else (x, one_hot(y, spec.num_clusters))
+        return posterior(encoder(*parts))
 
     def __call__(self, x: ArrayLike, size: int | None = None) -> Array:
         """Sample z and y given x. Returns z of shape (B, latent_dim)."""

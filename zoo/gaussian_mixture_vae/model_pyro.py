@@ -98,8 +98,8 @@ class Guide(PyroModule):
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
         """q(z | x), or q(z | x, y)."""
-        said = () if y is None else (one_hot(y, self.spec.num_clusters, x.dtype),)
-        return self.posterior(self.encoder(x, *said))
+        parts = (x,) if y is None else (x, one_hot(y, self.spec.num_clusters, x.dtype))
+        return self.posterior(self.encoder(*parts))
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """Sample z and y given x. Returns z of shape (B, latent_dim)."""
