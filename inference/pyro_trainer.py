@@ -86,6 +86,8 @@ class Trainer:
         self.cuda = [self.device] if self.device.type == "cuda" else []
         self.batch_size = min(batch_size, len(data[0])) // devices
         example = tuple(a[: self.batch_size] for a in self.data)
+        if redraw_pixels:  # grey ones are outside the likelihood's support
+            example = ((example[0] > 0.5).to(example[0].dtype), *example[1:])
         self.nesting, self.own = None, OwnNumbers(objective)
         with torch.random.fork_rng(devices=self.cuda):
             torch.manual_seed(self.seed)

@@ -40,7 +40,7 @@ from elbozoo.inference.data import batches, prepare
 from elbozoo.inference.errors import CorruptFile, InvalidArgument
 from elbozoo.inference.storage import load_arrays, save_json
 from elbozoo.inference.training import to_config
-from elbozoo.zoo import MLP, VAE, LinearVAE
+from elbozoo.zoo import MLP, VAE, LinearVAE, SigmoidBeliefNet
 
 DIGITS = load_digits().images[:100] / 16.0  # (N, 8, 8), grey
 SPEC = VAE(data_dim=64, latent_dim=3, network=MLP(hidden=(6,)))
@@ -374,6 +374,16 @@ def test_progress_and_checkpoints_do_not_touch_training(engine: str, tmp_path: P
     plain, watched = digits(engine), digits(engine, directory=tmp_path, progress=True)
     assert same_weights(plain.weights, watched.weights)
     assert same_history(plain, watched)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.pyro
+def test_redrawn_pixels_with_an_estimator_that_keeps_numbers() -> None:
+    """The program is run once before it trains, when no pixel has been drawn yet."""
+    running_mean = ELBO(gradient=ScoreFunction(baseline="running-mean"))
+    spec = SigmoidBeliefNet(data_dim=4, latent_dims=(2,))
+    run = fit(spec.pyro(), GREY, objective=running_mean, binarize="stochastic", epochs=1, progress=False)
+    assert np.isfinite(run.history[-1]["bound"])
 
 
 @pytest.mark.usefixtures("as_users_run_it")
