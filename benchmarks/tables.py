@@ -797,12 +797,13 @@ def semi_supervised(record: dict[str, Any]) -> str:
                 str(cell["seed"]),
                 f"{cell['num_train']}, {cell['epochs']}",
                 f"{cell['train_seconds']:.0f}",
+                ", ".join(f"{found:.2f}" for found in cell["accuracy_by_stage"].values()),
                 f"{cell['accuracy']:.3f} ± {cell['accuracy_se']:.3f}",
                 "" if known is None else f"{known:.3f}",
             ]
         )
-    head = ["objective", "labels", "seed", "images, epochs", "training s", "test accuracy ± s.e.", "published"]
-    return table(head, rows)
+    head = ["objective", "labels", "seed", "images, epochs", "training s", "on the way", "test accuracy ± s.e."]
+    return table([*head, "published"], rows)
 
 
 # --- remedies -------------------------------------------------------------------------------------------------------

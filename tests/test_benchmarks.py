@@ -151,7 +151,7 @@ def test_every_published_table_has_its_script_and_whole_protocol(index: int) -> 
         "iwae_mnist": lambda: sum(3**i for i in range(config.stages)) == 3280,
         "hierarchy": lambda: config.num_train * config.epochs == hierarchy.PROTOCOL / 10,
         "discrete": lambda: not config.nets or config.num_train * config.epochs == discrete.PROTOCOL,
-        "semi_supervised": lambda: config.num_unlabelled == 50_000,
+        "semi_supervised": lambda: (config.num_unlabelled, config.batch_size) == (50_000, 200),
     }
     assert images[paper.script]()
 
