@@ -89,7 +89,7 @@ class Record:
 
     Args:
         path: the JSON file. An existing one is continued, if it is of the same settings, versions and machine (the
-            build of its operating system aside).
+            build of its operating system aside); a ``note`` in it, on how it was measured, stays.
         question: what the benchmark asks: the first paragraph of its docstring.
         config: its arguments (a frozen dataclass).
         engines: whose versions count.
@@ -101,10 +101,9 @@ class Record:
     def __init__(self, path: Path, question: str, config: Any, engines: tuple[str, ...], grid: tuple[str, ...] = ()):
         self.path = Path(path)
         facts = about(question, config, engines)
-        cells: dict[str, Any] = {}
-        if self.path.exists():
-            found = json.loads(self.path.read_text())
-            cells = found["cells"]
+        kept: dict[str, Any] = {"cells": {}}
+        if self.path.exists() and (found := json.loads(self.path.read_text()))["cells"]:
+            kept = {part: found[part] for part in ("cells", "note") if part in found}
             other = [
                 f"{part}.{name}"
                 for part, values in facts.items()
@@ -112,10 +111,10 @@ class Record:
                 for name in values
                 if name not in (*grid, "system") and found[part].get(name) != values[name]
             ]
-            if other and cells:
+            if other:
                 todo = "Pass another --results file, or delete this one to measure anew"
                 raise must(str(self.path), "be of the same settings, versions and machine", f"other {other}", todo)
-        self.content = {**facts, "cells": cells}
+        self.content = facts | kept
 
     def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figures of one cell: measured now, unless the file has them already."""

@@ -10,11 +10,11 @@ alone; ``classifier`` the same network trained on the labelled images alone.
 Labels, as many of each class, are repeated to make up a fifth of every epoch, as the example gives labelled data
 batches of their own. Three settings decide how far M2 gets, and are arguments: pixels are redrawn at every step with
 the grey value as mean (the example takes grey values for outcomes of a Bernoulli, which is no density; with fixed zeros
-and ones the few labelled images are learned by heart), hidden layers begin small as the example's do, and training is
+and ones it ends lower), hidden layers begin small as the example's do, and training is
 long: accuracy rises late, and may fall first. It is measured after each of ``stages`` parts of the training; the last
 is reported, none is chosen. Adam's rate and batches are chosen for one core, and a moving average of the weights takes
 out what that rate shakes; the example's are ``--batch-size 200 --learning-rate 4.2e-4``. How many epochs the published
-accuracies took is not said with them.
+accuracies took is not said with them; the example's default is 50.
 
     python benchmarks/semi_supervised.py --data-dir DIR
 """
@@ -31,7 +31,7 @@ import numpy as np
 import tyro
 
 from elbozoo.benchmarks.datasets import binarize, load
-from elbozoo.benchmarks.records import Record, compiled_once
+from elbozoo.benchmarks.records import Record
 from elbozoo.inference import (
     ELBO,
     Adam,
@@ -160,7 +160,7 @@ def measure(config: Config, objective: str, num_labels: int, seed: int) -> dict[
     program = getattr(spec, config.engine)()
     stages = sorted({round(config.epochs * (i + 1) / config.stages) for i in range(config.stages)} - {0})
     accuracies: list[float] = []
-    with compiled_once(), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for epochs in stages:
             run = fit(
                 program,
@@ -214,8 +214,8 @@ def checks(cells: Cells, config: Config) -> dict[str, bool]:
         if ours is None:
             continue
         if known is not None and config.data == "mnist":
-            held[f"{count} labels: M2 with the auxiliary loss is within 0.02 of the published accuracy"] = (
-                ours > known - 0.02
+            held[f"{count} labels: M2 with the auxiliary loss is at most 0.02 below the published accuracy"] = (
+                ours >= known - 0.02
             )
         for other, name in (
             ("classifier", "the classifier alone"),

@@ -202,8 +202,12 @@ def test_a_result_file_is_of_one_setting(tmp_path: Path) -> None:
 
     first = Record(tmp_path / "r.json", "Q?\n\nA.", Config(100), (), grid=("seeds",))
     first.cell("a", lambda: {"x": 1})
+    noted = json.loads((tmp_path / "r.json").read_text()) | {"note": "On one core."}
+    (tmp_path / "r.json").write_text(json.dumps(noted))
     more = Record(tmp_path / "r.json", "Q?\n\nA.", Config(100, seeds=(0, 1)), (), grid=("seeds",))
     assert more.cell("a", lambda: {"x": 2}) == {"x": 1}, "what is there is not measured again"
+    more.check({"holds": True})
+    assert json.loads((tmp_path / "r.json").read_text())["note"] == "On one core."
     with pytest.raises(InvalidArgument, match=r"be of the same settings.*config\.hidden"):
         Record(tmp_path / "r.json", "Q?\n\nA.", Config(200), (), grid=("seeds",))
 
