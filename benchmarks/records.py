@@ -94,32 +94,46 @@ class Record:
         config: its arguments (a frozen dataclass).
         engines: whose versions count.
         grid: fields of ``config`` that say which cells there are; they may differ when a file is continued.
+        timed: whether what is claimed are times. If not, the file may be continued on another machine, which each
+            cell measured there then names.
 
     Raises: InvalidArgument for a file of other settings.
     """
 
-    def __init__(self, path: Path, question: str, config: Any, engines: tuple[str, ...], grid: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        path: Path,
+        question: str,
+        config: Any,
+        engines: tuple[str, ...],
+        grid: tuple[str, ...] = (),
+        timed: bool = True,
+    ):
         self.path = Path(path)
         facts = about(question, config, engines)
+        self.machine = facts["machine"]
         kept: dict[str, Any] = {"cells": {}}
         if self.path.exists() and (found := json.loads(self.path.read_text()))["cells"]:
             kept = {part: found[part] for part in ("cells", "note") if part in found}
             other = [
                 f"{part}.{name}"
                 for part, values in facts.items()
-                if part != "question"
+                if part != "question" and (timed or part != "machine")
                 for name in values
                 if name not in (*grid, "system") and found[part].get(name) != values[name]
             ]
             if other:
                 todo = "Pass another --results file, or delete this one to measure anew"
                 raise must(str(self.path), "be of the same settings, versions and machine", f"other {other}", todo)
+            if not timed:
+                kept["machine"] = found["machine"]
         self.content = facts | kept
 
     def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figures of one cell: measured now, unless the file has them already."""
         if key not in self.content["cells"]:
-            self.content["cells"][key] = measure()
+            elsewhere = {} if self.machine == self.content["machine"] else {"machine": self.machine}
+            self.content["cells"][key] = measure() | elsewhere
             self.save()
         return self.content["cells"][key]
 

@@ -235,7 +235,8 @@ def main(config: Config) -> None:
         small: dict[str, Any] = {"data": "digits", "labels": (20,), "num_unlabelled": 80, "epochs": 1, "batch_size": 20}
         small |= {"objectives": ("auxiliary", "classifier")}
         config = replace(config, **small, latent_dim=2, hidden=4, num_test=50, results=results, smoke=False)
-    record = Record(config.results, __doc__ or "", config, (config.engine,), grid=("labels", "objectives", "seeds"))
+    grid = ("labels", "objectives", "seeds")
+    record = Record(config.results, __doc__ or "", config, (config.engine,), grid=grid, timed=False)
     cells = {}
     for seed in config.seeds:
         for count in config.labels:

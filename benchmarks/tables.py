@@ -35,9 +35,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _setting(record: dict[str, Any]) -> str:
-    machine, versions = record["machine"], record["versions"]
-    where = ", ".join(filter(None, (machine.get("accelerator"), machine["cpu"], f"{machine['cores']} cores")))
-    return f"{where}; " + ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
+    found = [record["machine"], *(c["machine"] for c in record["cells"].values() if "machine" in c)]
+    places = [", ".join(filter(None, (m.get("accelerator"), m["cpu"], f"{m['cores']} cores"))) for m in found]
+    where = "; some cells: ".join(dict.fromkeys(places))
+    return f"{where}; " + ", ".join(f"{k} {v}" for k, v in sorted(record["versions"].items()))
 
 
 def _checks(record: dict[str, Any]) -> str:

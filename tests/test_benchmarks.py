@@ -16,6 +16,7 @@ import pytest
 from as_users import as_users_run_it  # noqa: F401
 from scipy import stats
 
+from elbozoo.benchmarks import records
 from elbozoo.benchmarks.records import Record
 from elbozoo.inference.errors import CorruptFile, InvalidArgument
 
@@ -210,6 +211,27 @@ def test_a_result_file_is_of_one_setting(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r.json").read_text())["note"] == "On one core."
     with pytest.raises(InvalidArgument, match=r"be of the same settings.*config\.hidden"):
         Record(tmp_path / "r.json", "Q?\n\nA.", Config(200), (), grid=("seeds",))
+
+
+def test_a_result_file_without_times_goes_on_on_another_machine(tmp_path: Path, monkeypatch) -> None:
+    @dataclass(frozen=True)
+    class Config:
+        hidden: int
+
+    path = tmp_path / "r.json"
+    first = Record(path, "Q?", Config(100), (), timed=False)
+    first.cell("a", lambda: {"x": 1})
+    here = first.machine
+    there = here | {"cpu": "another"}
+    monkeypatch.setattr(records, "machine", lambda: there)
+    with pytest.raises(InvalidArgument, match=r"machine\.cpu"):
+        Record(path, "Q?", Config(100), ())
+    with pytest.raises(InvalidArgument, match=r"config\.hidden"):
+        Record(path, "Q?", Config(200), (), timed=False)
+    Record(path, "Q?", Config(100), (), timed=False).cell("b", lambda: {"x": 2})
+    found = json.loads(path.read_text())
+    assert found["machine"] == here
+    assert found["cells"] == {"a": {"x": 1}, "b": {"x": 2, "machine": there}}
 
 
 def minima_cell(start: str, objective: str, nll: list[float], collapsed: int = 0) -> dict[str, Any]:
