@@ -133,7 +133,7 @@ class Grid:
         jobs: int = 1,
         backend: str = "loky",
         progress: bool = True,
-        done: Callable[[Cell, dict[str, Any]], None] | None = None,
+        done: Callable[[Cell, dict[str, Any]], object] | None = None,
     ) -> list[dict[str, Any]]:
         """Measure what is missing. Returns: the records of all cells (see :meth:`read`), in the grid's order.
 
@@ -197,7 +197,8 @@ def measure_all(
     """Measure what is missing, keep the result file up to date, and say which claims held.
 
     Args:
-        path: the result file, written after every cell.
+        path: the result file, written after every cell. One that exists, of the same settings, versions and machine,
+            keeps the cells that this grid has not: each names its code. Another one is written anew.
         checks: claims, read off the cells.
         more: what else the file says of the cells.
         options: of :meth:`Grid.run`.
@@ -205,16 +206,54 @@ def measure_all(
     Raises: as :meth:`Grid.run`.
     """
 
-    def write(*_: Any) -> None:
-        content = result(grid, checks)
+    before = _before(grid, path)
+
+    def write(*_: Any) -> dict[str, bool]:
+        content = _beside(before, result(grid, checks), grid.axes)
+        content["checks"] = checks(content["cells"])
         write_result(path, content | more(content["cells"]))
+        return content["checks"]
 
     try:
         grid.run(done=write, **options)
     finally:
-        write()
-    for claim, held in result(grid, checks)["checks"].items():
-        print(f"{'holds' if held else 'DOES NOT HOLD'}: {claim}")
+        held = write()
+    for claim, good in held.items():
+        print(f"{'holds' if good else 'DOES NOT HOLD'}: {claim}")
+
+
+def _before(grid: Grid, path: Path) -> dict[str, Any]:
+    """What an earlier result file of the same settings, versions and machine has; empty where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        facts = about(grid.question, grid.config, grid.engines)
+        settings = [{k: v for k, v in each["config"].items() if k not in grid.axes} for each in (found, facts)]
+        machines = [{k: v for k, v in each["machine"].items() if k != "system"} for each in (found, facts)]
+        same = settings[0] == settings[1] and machines[0] == machines[1]
+        kept = {part: found[part] for part in ("config", "versions", "cells")}
+        return kept if same and _agree(found["versions"], facts["versions"]) else {}
+    except (ValueError, KeyError, AttributeError, TypeError):  # no result file of a grid
+        return {}
+
+
+def _agree(one: dict[str, str], two: dict[str, str]) -> bool:
+    """Whether what both name is the same: a grid of one engine has the versions of that one."""
+    return all(one[name] == two[name] for name in one.keys() & two.keys())
+
+
+def _beside(before: dict[str, Any], content: dict[str, Any], axes: tuple[str, ...]) -> dict[str, Any]:
+    """A result with the cells of an earlier one that it has not itself; an axis is what either went along."""
+    if not before:
+        return content
+    config = dict(content["config"])
+    for axis in axes:
+        both = before["config"].get(axis), config.get(axis)
+        if all(isinstance(values, list) for values in both):
+            config[axis] = list(dict.fromkeys(both[0] + both[1]))  # type: ignore[operator]
+    merged = {part: before[part] | content[part] for part in ("versions", "cells")}
+    return content | merged | {"config": config}
 
 
 # --- one cell -------------------------------------------------------------------------------------------------------

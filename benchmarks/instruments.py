@@ -272,7 +272,7 @@ def checks(cells: dict[str, Any], config: Config) -> dict[str, bool]:
         f"I(x; z) <= log {split['num_data']}": split["mutual_information"] <= math.log(split["num_data"]),
         **{c: held for n, g in GUIDES.items() if n in cells for c, held in _posterior_checks(cells[n], g).items()},
         "every image of the third with the lowest k̂ is nearer to NUTS than every one of the highest": bool(apart > 0),
-        "diagnose takes less than 180 s": cells["cost"]["seconds"] < 180,
+        **({"diagnose takes less than 180 s": cells["cost"]["seconds"] < 180} if "cost" in cells else {}),
         f"peak memory below 1 GiB at K = {few} and {many}": peak < GIB,
     }
 
@@ -299,7 +299,8 @@ def main(config: Config) -> None:
     """Measure every cell, then say which claims held."""
     names = ["training", "likelihood", "bracket", "gaps", "surgery", "posterior", "optimised_posterior", "cost"]
     if config.smoke:
-        names.remove("optimised_posterior")  # the posterior's again, with the guides of the gaps
+        for slow in ("gaps", "optimised_posterior", "cost"):  # as the command line's tests have them
+            names.remove(slow)
         small: dict[str, Any] = {"epochs": 1, "hidden": 16, "latent_dim": 2, "num_particles": 50, "num_annealed": 4}
         small |= {"num_temperatures": 2, "num_chains": 2, "num_posteriors": 3, "num_draws": 20, "num_data": 30}
         small |= {"local_steps": 5, "num_gaps": 0, "num_simulations": 20}

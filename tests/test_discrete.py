@@ -259,7 +259,7 @@ def test_what_is_reported_is_of_the_discrete_model(engine: str, gradient: Any) -
 @covering(
     "gradient,logit",
     list(itertools.product((GumbelSoftmax(0.5), REBAR(0.5), RELAX(), DisARM(), ARM()), (800.0, -800.0))),
-    numpyro=(0, 5),
+    numpyro=(0, 3),
     ids=lambda v: v if isinstance(v, float) else type(v).__name__,
 )
 def test_an_all_but_sure_state_has_a_finite_gradient(engine: str, gradient: Any, logit: float) -> None:

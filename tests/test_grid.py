@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import sweep
 from sweep import Config, figures, logged
 
 from elbozoo.benchmarks import grid as grids
+from elbozoo.benchmarks import records
 from elbozoo.benchmarks.grid import CellsFailed, Grid, code_version, measure_all, name_of, result
 from elbozoo.benchmarks.records import write_result
 from elbozoo.inference.errors import CorruptFile, InvalidArgument
@@ -355,6 +357,31 @@ def test_the_result_has_the_cells_that_there_are(tmp_path: Path):
     assert cell["figure"] == figures(grid)[2]["figure"]
     assert (cell["kind"], cell["number"]) == ("quick", 1)
     assert set(cell["run"]) == {"code", "machine", "seconds"}
+
+
+def test_a_result_file_keeps_the_cells_of_another_part_of_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Unless they are of other settings or of another machine."""
+    path = tmp_path / "result.json"
+
+    def written(kinds: dict[str, int], **settings: Any) -> dict[str, Any]:
+        grid = sweep.grid(tmp_path, kinds)
+        grid = replace(grid, config=replace(grid.config, **settings), axes=("numbers",))
+        measure_all(grid, path, lambda cells: {f"{len(cells)} cells": True}, progress=False)
+        return json.loads(path.read_text())
+
+    first = written({"quick": 2}, numbers=[0, 1])
+    both = written({"slow": 1}, numbers=[7])
+    assert list(both["cells"]) == ["quick, 0", "quick, 1", "slow, 0"]
+    assert {name: both["cells"][name] for name in first["cells"]} == first["cells"]
+    assert both["checks"] == {"3 cells": True}
+    assert both["config"]["numbers"] == [0, 1, 7]
+    other = written({"quick": 1}, numbers=[7], scale=2.0)
+    assert list(other["cells"]) == ["quick, 0"]
+    here = records.machine()
+    monkeypatch.setattr(records, "machine", lambda: here | {"cpu": "another"})
+    assert list(written({"slow": 1}, numbers=[7], scale=2.0)["cells"]) == ["slow, 0"]
+    path.write_text("[]")
+    assert list(written({"slow": 1}, numbers=[7], scale=2.0)["cells"]) == ["slow, 0"]
 
 
 def test_figures_are_plain():

@@ -41,7 +41,9 @@ def residual(net: Weights, x: Array) -> Array:
 def repeat(block: Callable, state: Any, xs: Any, count: int, remat: bool) -> tuple[Any, Any]:
     """``scan`` over ``count`` blocks; with ``remat`` in two levels, each of about the root of so many."""
     if not remat:
-        return jax.lax.scan(block, state, xs)
+        # Kept are the products alone: what goes into them, nine shifted copies for a convolution of 3×3, is made anew.
+        products = jax.checkpoint_policies.dots_saveable
+        return jax.lax.scan(jax.checkpoint(block, prevent_cse=False, policy=products), state, xs)
     inner = next(size for size in range(isqrt(count), 0, -1) if count % size == 0)
     once = jax.checkpoint(block, prevent_cse=False)
     chunk = jax.checkpoint(lambda state, xs: jax.lax.scan(once, state, xs), prevent_cse=False)
