@@ -223,7 +223,9 @@ def measure_all(
 
 
 def _before(grid: Grid, path: Path) -> dict[str, Any]:
-    """What an earlier result file of the same settings, versions and machine has; empty where there is none."""
+    """What an earlier result file of the same settings, versions and machine has of cells that are not the grid's;
+    empty where there is no such file.
+    """
     if not path.exists():
         return {}
     try:
@@ -232,7 +234,9 @@ def _before(grid: Grid, path: Path) -> dict[str, Any]:
         settings = [{k: v for k, v in each["config"].items() if k not in grid.axes} for each in (found, facts)]
         machines = [{k: v for k, v in each["machine"].items() if k != "system"} for each in (found, facts)]
         same = settings[0] == settings[1] and machines[0] == machines[1]
-        kept = {part: found[part] for part in ("config", "versions", "cells")}
+        names = set(map(name_of, grid.cells))
+        kept = {part: found[part] for part in ("config", "versions")}
+        kept["cells"] = {name: cell for name, cell in found["cells"].items() if name not in names}
         return kept if same and _agree(found["versions"], facts["versions"]) else {}
     except (ValueError, KeyError, AttributeError, TypeError):  # no result file of a grid
         return {}

@@ -375,6 +375,14 @@ def test_a_result_file_keeps_the_cells_of_another_part_of_the_grid(tmp_path: Pat
     assert {name: both["cells"][name] for name in first["cells"]} == first["cells"]
     assert both["checks"] == {"3 cells": True}
     assert both["config"]["numbers"] == [0, 1, 7]
+    (tmp_path / "mended").touch()
+    assert "fail until mended, 0" in written({"fail until mended": 1})["cells"]
+    (tmp_path / "mended").unlink()
+    for file in sweep.grid(tmp_path, {}).folder.glob("*.json"):
+        file.unlink()
+    with pytest.raises(CellsFailed):
+        written({"fail until mended": 1})
+    assert json.loads(path.read_text())["cells"] == both["cells"], "what this grid could not measure is no result of it"
     other = written({"quick": 1}, numbers=[7], scale=2.0)
     assert list(other["cells"]) == ["quick, 0"]
     here = records.machine()
