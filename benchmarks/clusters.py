@@ -1,8 +1,8 @@
 """Does an exact sum over clusters train a better mixture VAE than drawn clusters do? MNIST, 10 clusters, 4 seeds.
 
 A ``GaussianMixtureVAE`` with a guide that draws the cluster first, ``q(y | x) q(z | x, y)``, under the ELBO: the sum
-over clusters exact (``Enumerate``), drawn with a running-mean baseline, or drawn twice with a leave-one-out baseline
-(two passes, where the sum takes one of ten times the size). A fourth cell has the exact cluster posterior
+over clusters exact (``Enumerate``) or drawn, with a running-mean baseline; and both with two draws of everything that
+is drawn, where the drawn clusters' baseline is the other draw's. A fifth cell has the exact cluster posterior
 ``q(y | z) = p(y | z)`` and the exact sum. Pixels are redrawn at every step with the grey value as mean.
 
 Reported on held-out images: NLL with K importance samples, the accuracy of the clusters under the best match to the
@@ -42,9 +42,16 @@ OBJECTIVES: dict[str, tuple[bool, Objective]] = {
     "enumerated": (False, ELBO(gradient=Enumerate())),
     "sampled, running mean": (False, ELBO(gradient=ScoreFunction(baseline="running-mean"))),
     "sampled twice, leave-one-out": (False, ELBO(2, ScoreFunction())),
+    "enumerated, two draws": (False, ELBO(2, Enumerate())),
     "exact cluster, enumerated": (True, ELBO(gradient=Enumerate())),
 }
 """By name, whether the cluster's posterior is the model's own, and the objective."""
+PAIRS = (
+    ("enumerated", "sampled, running mean"),
+    ("enumerated", "sampled twice, leave-one-out"),  # which draws z twice as well
+    ("enumerated, two draws", "sampled twice, leave-one-out"),
+)
+"""What should win, and over what."""
 
 Cells = Mapping[str, dict[str, Any]]
 
@@ -78,7 +85,7 @@ class Config:
     latent_dim: int = 10
     hidden: int = 200
     num_train: int = 10_000
-    epochs: int = 12
+    epochs: int = 36
     batch_size: int = 100
     learning_rate: float = 1e-3
     num_particles: int = 100
@@ -128,12 +135,12 @@ def measure(config: Config, name: str) -> dict[str, Any]:
 def claims(cells: Cells) -> dict[str, bool]:
     """What is expected of the exact sum, paired by seed; nothing here is made to hold."""
     found: dict[str, bool] = {}
-    for other in ("sampled, running mean", "sampled twice, leave-one-out"):
-        if "enumerated" in cells and other in cells:
-            nll = np.subtract(cells[other]["nll"], cells["enumerated"]["nll"])
-            found[f"enumerated has a lower NLL than {other}"] = bool(nll.mean() > 2 * standard_error(nll))
-            accuracy = np.subtract(cells["enumerated"]["accuracy"], cells[other]["accuracy"])
-            claim = f"enumerated clusters agree better with the digits than {other}"
+    for exact, other in PAIRS:
+        if exact in cells and other in cells:
+            nll = np.subtract(cells[other]["nll"], cells[exact]["nll"])
+            found[f"{exact}: has a lower NLL than {other}"] = bool(nll.mean() > 2 * standard_error(nll))
+            accuracy = np.subtract(cells[exact]["accuracy"], cells[other]["accuracy"])
+            claim = f"{exact}: clusters agree better with the digits than {other}"
             found[claim] = bool(accuracy.mean() > 2 * standard_error(accuracy))
     return found
 

@@ -232,7 +232,7 @@ def _before(grid: Grid, path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
         facts = about(grid.question, grid.config, grid.engines)
         settings = [{k: v for k, v in each["config"].items() if k not in grid.axes} for each in (found, facts)]
-        machines = [{k: v for k, v in each["machine"].items() if k != "system"} for each in (found, facts)]
+        machines = [{k: v for k, v in each["machine"].items() if v and k != "system"} for each in (found, facts)]
         same = settings[0] == settings[1] and machines[0] == machines[1]
         names = set(map(name_of, grid.cells))
         kept = {part: found[part] for part in ("config", "versions")}

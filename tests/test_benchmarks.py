@@ -129,9 +129,11 @@ def test_claims_about_depth_are_read_off_the_cells() -> None:
 
     good = {"trained-2": cell(1.0, 10, 3.0), "recomputed-2": cell(1.0, 9, 3.0)}
     good |= {"trained-8": cell(1.5, 40, 2.0), "recomputed-8": cell(1.5, 17, 2.0)}
+    good |= {"in turn": {"growth": {"2 to 8": {"median": 3.9}}}}
     assert list(claims(good, (2, 8)).values()) == [True] * 6
     bad = {"trained-2": cell(1.0, 10, 2.0), "recomputed-2": cell(1.0, 11, 2.0)}
     bad |= {"trained-8": cell(4.5, 40, 2.0), "recomputed-8": cell(4.5, 41, 2.0)}
+    bad |= {"in turn": {"growth": {"2 to 8": {"median": 4.1}}}}
     assert list(claims(bad, (2, 8)).values()) == [False] * 6
 
 
