@@ -54,7 +54,7 @@ arviz1:
 	@echo "make arviz1: skipped, for want of Python 3.12. Pass PYTHON312=/path/to/python3.12."
 else
 arviz1: .venv-arviz1/stamp
-	.venv-arviz1/bin/python -m pytest -n $(WORKERS) -m arviz $(ARGS)
+	.venv-arviz1/bin/python -m pytest -m arviz $$(grep -l 'mark\.arviz' tests/test_*.py) $(ARGS)
 
 venvs: .venv-arviz1/stamp
 endif

@@ -96,7 +96,7 @@ class Config:
     hidden: int = 100
     latent_dim: int = 16
     batch_size: int = 100
-    repeats: int = 3
+    repeats: int = 7
     base_repeats: int = 9
     seconds: float = 0.2
     base_seconds: float = 0.5
