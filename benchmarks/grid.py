@@ -27,7 +27,7 @@ from typing import Any
 from joblib import Parallel, delayed, parallel_config
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from elbozoo.benchmarks.records import about, machine, settings_of, versions_of, write_result
+from elbozoo.benchmarks.records import about, differences, machine, settings_of, versions_of, write_result
 from elbozoo.inference import storage
 from elbozoo.inference.errors import CorruptFile, ElbozooError, must
 from elbozoo.inference.parts import one_of, whole_number
@@ -209,8 +209,8 @@ def measure_all(
     before = _before(grid, path)
 
     def write(*_: Any) -> dict[str, bool]:
-        content = _beside(before, result(grid, checks), grid.axes)
-        content["checks"] = checks(content["cells"])
+        content = _beside(before, result(grid, lambda cells: {}), grid.axes)
+        content["checks"] = checks(content["cells"])  # of all cells, the earlier ones too
         write_result(path, content | more(content["cells"]))
         return content["checks"]
 
@@ -231,20 +231,15 @@ def _before(grid: Grid, path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
         facts = about(grid.question, grid.config, grid.engines)
-        settings = [{k: v for k, v in each["config"].items() if k not in grid.axes} for each in (found, facts)]
-        machines = [{k: v for k, v in each["machine"].items() if v and k != "system"} for each in (found, facts)]
-        same = settings[0] == settings[1] and machines[0] == machines[1]
+        shared = found["versions"].keys() & facts["versions"].keys()  # a grid of one engine has that one's versions
+        facts["versions"] = {name: facts["versions"][name] for name in shared}
+        if differences(found, facts, grid.axes):
+            return {}
         names = set(map(name_of, grid.cells))
-        kept = {part: found[part] for part in ("config", "versions")}
-        kept["cells"] = {name: cell for name, cell in found["cells"].items() if name not in names}
-        return kept if same and _agree(found["versions"], facts["versions"]) else {}
+        cells = {name: cell for name, cell in found["cells"].items() if name not in names}
+        return {"config": found["config"], "versions": found["versions"], "cells": cells}
     except (ValueError, KeyError, AttributeError, TypeError):  # no result file of a grid
         return {}
-
-
-def _agree(one: dict[str, str], two: dict[str, str]) -> bool:
-    """Whether what both name is the same: a grid of one engine has the versions of that one."""
-    return all(one[name] == two[name] for name in one.keys() & two.keys())
 
 
 def _beside(before: dict[str, Any], content: dict[str, Any], axes: tuple[str, ...]) -> dict[str, Any]:

@@ -79,6 +79,24 @@ def about(question: str, config: Any, engines: tuple[str, ...]) -> dict[str, Any
     return {"question": " ".join(question.split("\n\n")[0].split()), **json.loads(json.dumps(facts))}
 
 
+def differences(
+    found: dict[str, Any],
+    facts: dict[str, Any],
+    grid: tuple[str, ...],
+    parts: tuple[str, ...] = ("config", "versions", "machine"),
+) -> list[str]:
+    """What a result file says otherwise than ``facts``, in these parts of its head, as "part.name".
+
+    What it does not name is None; ``grid`` may differ, and so may the build of the operating system.
+    """
+    return [
+        f"{part}.{name}"
+        for part in parts
+        for name, value in facts[part].items()
+        if name not in (*grid, "system") and found[part].get(name) != value
+    ]
+
+
 def write_result(path: Path, content: Any) -> None:
     """Write a result file, whole or not at all."""
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
@@ -115,14 +133,7 @@ class Record:
         kept: dict[str, Any] = {"cells": {}}
         if self.path.exists() and (found := json.loads(self.path.read_text()))["cells"]:
             kept = {part: found[part] for part in ("cells", "note") if part in found}
-            other = [
-                f"{part}.{name}"
-                for part, values in facts.items()
-                if part != "question" and (timed or part != "machine")
-                for name in values
-                if name not in (*grid, "system") and found[part].get(name) != values[name]
-            ]
-            if other:
+            if other := differences(found, facts, grid, ("config", "versions", *(("machine",) if timed else ()))):
                 todo = "Pass another --results file, or delete this one to measure anew"
                 raise must(str(self.path), "be of the same settings, versions and machine", f"other {other}", todo)
             if not timed:

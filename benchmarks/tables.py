@@ -463,12 +463,13 @@ def depth(record: dict[str, Any]) -> str:
         word = "falls" if mean > 2 * error else "rises" if mean < -2 * error else "does not move"
         falls.append(f"from {few} to {many} layers it {word} ({-mean:+.4f} ± {error:.4f}, paired over images)")
     words = f"-ELBO in bits per dimension: {'; '.join(falls)}." if falls else ""
-    grown = (
-        f"from {depths.replace(' to ', ' layers to ')} it takes {times['median']:.2f} times as long "
-        f"[{times['low']:.2f}, {times['high']:.2f}]"
+    grown = [
+        f"from {depths.replace(' to ', ' layers to ')} it takes {times['median']:.2f} times as long"
+        + (f" [{times['low']:.2f}, {times['high']:.2f}]" if times["low"] and times["high"] else "")
         for depths, times in cells["in turn"]["growth"].items()
-    )
-    words += f" A step: {'; '.join(grown)} (medians of {config['turns']} turns and their 95% intervals)."
+    ]
+    if grown:
+        words += f" A step: {'; '.join(grown)} (medians of {config['turns']} turns and their 95% intervals)."
     picture = "![Nats of each layer, by depth, from the first to be drawn](figures/depth.svg)"
     return "\n\n".join(part for part in (setting, table(head, rows), words, picture) if part)
 

@@ -215,7 +215,9 @@ def test_a_result_file_is_of_one_setting(tmp_path: Path) -> None:
         Record(tmp_path / "r.json", "Q?\n\nA.", Config(200), (), grid=("seeds",))
 
 
-def test_a_result_file_without_times_goes_on_on_another_machine(tmp_path: Path, monkeypatch) -> None:
+def test_a_result_file_without_times_goes_on_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     @dataclass(frozen=True)
     class Config:
         hidden: int

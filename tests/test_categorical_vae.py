@@ -319,7 +319,7 @@ def test_a_traced_step_takes_the_autoregressive_guide() -> None:
 @covering(
     "objective",
     [IWAE(3, VIMCO()), ELBO(gradient=ScoreFunction(baseline="running-mean")), ELBO(gradient=GumbelSoftmax()), ELBO(gradient=REBAR()), IWAE(2, RELAX(network_units=4))],
-    numpyro=(),  # benchmarks/codes.py trains it in NumPyro
+    numpyro=(2,),
     ids=lambda o: type(o.gradient).__name__,
 )  # fmt: skip
 def test_it_trains(engine: str, objective: Any) -> None:

@@ -305,9 +305,8 @@ OBJECTIVES = [
 ]  # fmt: skip
 
 
-@covering(
-    "objective", OBJECTIVES, numpyro=(), ids=lambda o: type(o).__name__
-)  # benchmarks/depth.py trains it in NumPyro
+# benchmarks/depth.py trains it in NumPyro.
+@covering("objective", OBJECTIVES, numpyro=(), ids=lambda o: type(o).__name__)
 def test_it_trains(engine: str, objective: Any) -> None:
     spec = replace(SMALL, remat=isinstance(objective, AnnealedKL))
     options = {"batch_size": 3, "epochs": 2, "optimizer": Adam(0.01, skip_norm=1e3, average=0.5), "progress": False}

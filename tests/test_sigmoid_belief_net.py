@@ -212,7 +212,7 @@ def data(num: int = 48) -> np.ndarray:
     return (np.random.default_rng(0).random((num, 5)) < 0.3) * 1.0
 
 
-@covering("objective", [*ANY_FAMILY, *BERNOULLI], numpyro=(), ids=name)  # benchmarks/discrete.py trains it in NumPyro
+@covering("objective", [*ANY_FAMILY, *BERNOULLI], numpyro=(2,), ids=name)
 def test_it_trains(engine: str, objective: Any) -> None:
     program = getattr(SigmoidBeliefNet(5, (3, 2), hidden=(4,)), engine)()
     run = fit(program, data(), objective=objective, epochs=2, batch_size=16, progress=False)
