@@ -205,15 +205,15 @@ def published(objective: str, num_labels: int) -> float | None:
     return PUBLISHED[objective][PUBLISHED_LABELS.index(num_labels)]
 
 
-def checks(cells: Cells, config: Config) -> dict[str, bool]:
-    """Each claim about cells that are there, and whether it held."""
+def checks(cells: Cells, data: str) -> dict[str, bool]:
+    """Each claim about cells that are there, means over their seeds, and whether it held."""
     held = {}
-    for count in config.labels:
+    for count in sorted({cell["labels"] for cell in cells.values()}):
         found = {o: mean_accuracy(cells, o, count) for o in OBJECTIVES}
         ours, known = found["auxiliary"], published("auxiliary", count)
         if ours is None:
             continue
-        if known is not None and config.data == "mnist":
+        if known is not None and data == "mnist":
             held[f"{count} labels: M2 with the auxiliary loss is at most 0.02 below the published accuracy"] = (
                 ours >= known - 0.02
             )
@@ -243,7 +243,7 @@ def main(config: Config) -> None:
             for objective in config.objectives:
                 key = f"{objective}-{count}-{seed}"
                 cells[key] = record.cell(key, lambda o=objective, c=count, s=seed: measure(config, o, c, s))
-    found = checks(cells, config)
+    found = checks(record.content["cells"], config.data)
     record.check(found)
     for cell in cells.values():
         known = published(cell["objective"], cell["labels"])

@@ -301,17 +301,19 @@ def hierarchy(record: dict[str, Any]) -> str:
         f"K = {any_cell['num_particles']} on {any_cell['num_data']} held-out images, whose choice has a standard error "
         f"of {np.mean(any_cell['nll_se']):.2f} nats that all cells share. ± is the standard deviation over seeds; the "
         "gain on the same guide's plain ELBO is paired by seed, with its standard error. Nats are of z1 (next to the "
-        "data) to zL; where a guide climbs, a layer's part given those it depends on is no KL and may be below 0."
+        "data) to zL; where a guide climbs, a layer's part given those it depends on is no KL and may be below 0. "
+        f"A top layer is alive in a seed where it carries more than {hierarchy_script.DEAD} nats."
     )
     picture = "![Nats of each layer of five, by guide and objective](figures/hierarchy.svg)"
-    head = ["L", "guide", "objective", "NLL", "gain on plain", "nats z1 … zL", "active units z1 … zL"]
+    head = ["L", "guide", "objective", "NLL", "gain on plain", "nats z1 … zL", "active units z1 … zL", "top alive"]
     return "\n\n".join([setting, table(head, [_hierarchy_row(cells, cell) for cell in ordered]), picture])
 
 
 def _hierarchy_row(cells: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
     if "diverged" in cell:
-        return [str(cell["layers"]), cell["guide"], cell["objective"], "diverged", "", "", ""]
+        return [str(cell["layers"]), cell["guide"], cell["objective"], "diverged", "", "", "", ""]
     base = f"{cell['layers']}-{cell['guide']}"
+    alive = hierarchy_script.tops_alive(cells, f"{base}-{cell['objective']}") or []
     gain = (
         None
         if cell["objective"] == "plain"
@@ -325,6 +327,7 @@ def _hierarchy_row(cells: Mapping[str, Any], cell: Mapping[str, Any]) -> list[st
         "" if gain is None else f"{gain[0]:.2f} ± {gain[1]:.2f}",
         ", ".join(f"{n:.2f}" for n in np.mean(cell["nats"], axis=0)),
         ", ".join(f"{n:.1f}" for n in np.mean(cell["active"], axis=0)),
+        f"{sum(alive)} of {len(alive)}",
     ]
 
 
@@ -337,7 +340,7 @@ def hierarchy_figure(record: dict[str, Any]) -> Figure:
     guides = [g for g in ("bottom-up", "ladder") if any(c["guide"] == g and c["layers"] == deepest for c in cells)]
     names = zip(hierarchy_script.Config.objectives, "osD^v", strict=True)
     looks: dict[str, Any] = {name: {"label": name, "marker": m, "color": f"C{i}"} for i, (name, m) in enumerate(names)}
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
     axes = figure.subplots(1, len(guides), sharey=True, squeeze=False)[0]
     for ax, guide in zip(axes, guides, strict=True):
         for cell in (c for c in cells if (c["guide"], c["layers"]) == (guide, deepest)):
@@ -348,7 +351,8 @@ def hierarchy_figure(record: dict[str, Any]) -> Figure:
         ax.grid(alpha=0.3, linewidth=0.5)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("nats per datum (0.001 or less\nat the bottom)")
-    axes[-1].legend(frameon=False, fontsize="small")
+    entries = axes[-1].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside right upper", frameon=False, fontsize="small")
     return figure
 
 

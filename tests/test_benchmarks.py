@@ -85,6 +85,30 @@ def test_the_figure_of_hierarchies_has_a_line_for_each_cell_that_ended() -> None
     assert colours[0].items() <= colours[1].items()
 
 
+def test_claims_about_hierarchies_are_read_off_the_cells() -> None:
+    from elbozoo.benchmarks.hierarchy import claims
+
+    def cell(nll: float, *tops: float) -> dict[str, Any]:
+        return {"nll": [nll, nll + 1, nll + 2.1], "nats": [[9.0, top] for top in tops]}
+
+    cells = {
+        "2-bottom-up-plain": cell(100.0, 0.0, 0.0, 1.0),
+        "2-bottom-up-warm-up": {"diverged": "nan"},
+        "2-ladder-layerwise": cell(99.0, 0.0, 1.0, 1.0),
+        "2-ladder-plain": cell(99.0, 0.0, 0.0, 0.0),
+    }
+    assert json.loads(json.dumps(claims(cells))) == {
+        "L = 2: bottom-up, plain: the top layer is dead (below 0.05 nats) in most seeds": True,
+        "L = 2: ladder, layerwise: the top layer is alive in most seeds": True,
+        "L = 2, ladder: layerwise has a lower NLL than plain": False,
+    }
+    assert claims({"2-bottom-up-plain": cell(100.0, 1.0, 0.0), "2-ladder-warm-up": cell(90.0, 0.0)}) == {
+        "L = 2: bottom-up, plain: the top layer is dead (below 0.05 nats) in most seeds": False,
+        "L = 2: ladder, warm-up: the top layer is alive in most seeds": False,
+        "L = 2: ladder, warm-up, has a lower NLL than bottom-up, plain": True,
+    }
+
+
 def test_published_tables_are_printed() -> None:
     from elbozoo.benchmarks.papers import PAPERS
 

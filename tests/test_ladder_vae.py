@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from linear_hierarchy import Affine, Joint, LinearHierarchy, encoder_weights, ex
 from test_hierarchical_vae import BOUNDS, bound_of, has_kl, log_weight, program
 
 from elbozoo.inference import ELBO, fit
+from elbozoo.inference.errors import InvalidArgument
 from elbozoo.zoo import Gaussian, LadderVAE, VampPrior
 
 TWINS = [
@@ -115,3 +117,40 @@ def test_replicates(engine: str) -> None:
     for name, array in alone.weights.items():
         np.testing.assert_allclose(runs[1].weights[name], array, 1e-9, 1e-12)
         assert not np.array_equal(runs[0].weights[name], array) or name.endswith("bias")
+
+
+def test_rungs_and_decoders_begin_at_shares_of_glorots_bound_of_their_own(engine: str) -> None:
+    from test_twins import initial_weights
+
+    spec = LadderVAE(40, (30, 20), (50, 60), depth=1, output_gain=0.1, hidden_gain=2.0, evidence_gain=3.0)
+    last = {"encoders": 3.0, "decoders": 0.1}
+    for name, array in initial_weights(engine, spec).items():
+        if name.endswith(".weight"):
+            gain = last[name.split(".")[0]] if ".layers.1." in name else 2.0
+            bound = gain * (6 / sum(array.shape)) ** 0.5
+            assert 0.9 * bound < np.abs(array).max() <= bound, name
+
+
+def test_the_top_rung_sees_the_data_from_the_start(engine: str) -> None:
+    """He's gain keeps rectified features' size up five rungs; with Glorot's the last evidence begins at a constant."""
+    from test_twins import initial_weights
+
+    x = np.random.default_rng(0).normal(size=(64, 100))
+
+    def spread(hidden_gain: float) -> float:
+        spec = LadderVAE(100, (4,) * 5, (100,) * 5, hidden_gain=hidden_gain)
+        weights, features = initial_weights(engine, spec), x
+        for rung in range(5):
+            for layer in range(2):
+                z = features @ weights[f"encoders.{rung}.layers.{layer}.weight"].T
+                features = np.where(z > 0, z, 0.01 * z)
+        loc = (features @ weights["encoders.4.layers.2.weight"].T)[:, :4]
+        return float(loc.std(0).mean())
+
+    assert spread(sqrt(2)) > 5 * spread(1.0)
+
+
+def test_bad_gains() -> None:
+    for name in ("evidence_gain", "hidden_gain", "output_gain"):
+        with pytest.raises(InvalidArgument, match=f"{name} must be .*; got 0"):
+            LadderVAE(**{name: 0})

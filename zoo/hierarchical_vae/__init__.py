@@ -32,6 +32,7 @@ class Hierarchy(Spec):
     activation: str = "tanh"
     normalization: str = "none"
     output_gain: float = 1.0
+    hidden_gain: float = 1.0
     likelihood: Likelihood = dataclasses.field(default_factory=Bernoulli)
     prior: Prior = dataclasses.field(default_factory=StandardNormal)
 
@@ -48,6 +49,7 @@ class Hierarchy(Spec):
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("normalization", self.normalization, NORMALIZATIONS)
         positive("output_gain", self.output_gain)
+        positive("hidden_gain", self.hidden_gain)
         instance_of("likelihood", self.likelihood, Likelihood)
         self.likelihood.check_data_dim(self.data_dim)
         instance_of("prior", self.prior, Prior)
@@ -60,7 +62,7 @@ class Hierarchy(Spec):
     @property
     def networks(self) -> tuple[MLP, ...]:
         """The architecture between each latent layer and what is below it, next to the data first."""
-        settings = (self.activation, self.normalization, self.output_gain)
+        settings = (self.activation, self.normalization, self.output_gain, self.hidden_gain)
         return tuple(MLP((units,) * self.depth, *settings) for units in self.hidden)
 
     @property
@@ -103,6 +105,8 @@ class HierarchicalVAE(Hierarchy):
         normalization: "layer" or "none", of every hidden layer.
         output_gain: factor on the initial weights of every network's last layer. Scales are exponentials of what may be
             a tower of networks: beyond two layers, or with an activation without bounds, begin with 0.1.
+        hidden_gain: factor on the hidden layers' initial weights; ``sqrt(2)`` keeps variances through (leaky)
+            rectifiers (He et al. 2015).
         likelihood: family of x given z_1.
         prior: family of z_L; not one that is made of q(z_L | x), which this guide does not have.
         guide: family of each z_l given what is below it.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from math import sqrt
 
+from elbozoo.inference.parts import positive
 from elbozoo.zoo.hierarchical_vae import Hierarchy
+from elbozoo.zoo.networks import MLP
 
 __all__ = ["LadderVAE"]
 
@@ -38,7 +41,10 @@ class LadderVAE(Hierarchy):
         depth: hidden layers in each of these networks.
         activation: one of ``ACTIVATIONS``, after every hidden layer.
         normalization: "none" or "layer", of every hidden layer.
-        output_gain: factor on the initial weights of every network's last layer.
+        output_gain: factor on the initial weights of every decoder's last layer.
+        hidden_gain: factor on the initial weights of every hidden layer, climbing or coming down; by default what
+            keeps variances through rectifiers, so that the upper rungs see the data from the start.
+        evidence_gain: factor on the initial weights of the layers that the evidence comes from.
         likelihood: family of x given z_1.
         prior: family of z_L.
 
@@ -46,7 +52,9 @@ class LadderVAE(Hierarchy):
         InvalidArgument: no layer, or ``hidden`` of another length than ``latent_dims``.
 
     Limits: L = 1 is a VAE with a diagonal Gaussian guide. The defaults are Sønderby et al.'s five layers, without
-    batch normalisation (see ``docs/design/0004-hierarchies.md``).
+    batch normalisation (see ``docs/design/0004-hierarchies.md``). The plain ELBO ends in a bad minimum and one warm-up
+    for all layers leaves the upper ones dead; begin with ``LayerwiseAnnealedKL(warmup=…, delay=…, start=0.001)``, its
+    delay a small part of its warm-up, and see ``docs/benchmarks.md``.
 
     References: Sønderby, Raiko, Maaløe, Sønderby & Winther 2016, Ladder variational autoencoders, arXiv 1602.02282,
         eqs. 10-16.
@@ -60,6 +68,17 @@ class LadderVAE(Hierarchy):
     hidden: tuple[int, ...] = (512, 256, 128, 64, 32)
     activation: str = "leaky_relu"
     output_gain: float = 0.1
+    hidden_gain: float = sqrt(2)
+    evidence_gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("evidence_gain", self.evidence_gain)
+
+    @property
+    def rungs(self) -> tuple[MLP, ...]:
+        """The architecture of each rung, next to the data first."""
+        return tuple(dataclasses.replace(network, output_gain=self.evidence_gain) for network in self.networks)
 
     @property
     def encoder_sizes(self) -> tuple[tuple[int, int], ...]:

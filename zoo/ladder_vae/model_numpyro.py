@@ -26,7 +26,7 @@ class Model(hierarchical.Model):
     def climb(self, x: ArrayLike) -> list[tuple[Array, Array]]:
         """Location and variance of the evidence on every rung, next to the data first: the guide's."""
         features, evidence = jnp.asarray(x), []
-        for i, (architecture, sizes) in enumerate(zip(self.spec.networks, self.spec.encoder_sizes, strict=True)):
+        for i, (architecture, sizes) in enumerate(zip(self.spec.rungs, self.spec.encoder_sizes, strict=True)):
             build = partial(architecture.form("numpyro", "Rung"), architecture, *sizes)
             outputs, features = network(f"{self.prefix}encoders.{i}", build)(features)
             loc, raw = jnp.split(outputs, 2, -1)

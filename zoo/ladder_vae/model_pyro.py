@@ -58,7 +58,7 @@ class Guide(PyroModule):
 
 def rungs(spec: LadderVAE) -> nn.ModuleList:
     """The encoders, next to the data first."""
-    layers = zip(spec.networks, spec.encoder_sizes, strict=True)
+    layers = zip(spec.rungs, spec.encoder_sizes, strict=True)
     return nn.ModuleList([network.form("pyro", "Rung")(network, *sizes) for network, sizes in layers])
 
 
