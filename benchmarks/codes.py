@@ -196,27 +196,24 @@ def unpacked(images: str, pixels: int) -> np.ndarray:
     return np.frombuffer(base64.b64decode(images), np.uint8).reshape(-1, side, side)
 
 
+CLAIMS = (
+    ("vq, learned prior", "vq", "bits_per_dim", "a learned prior lowers -ELBO in bits/dim"),
+    ("vq, 1024 codes, no revival", "vq, 1024 codes", "perplexity", "without revival the codes' perplexity is lower"),
+    ("vq", "categorical", "distortion", "at one budget the VQ-VAE's distortion is below the categorical's"),
+    ("vq", "categorical", "bits_per_dim", "so is its -ELBO under the uniform prior"),
+    ("vq, learned prior", "categorical", "bits_per_dim", "so is its -ELBO under the learned prior"),
+    ("vq", "vq, residual", "distortion", "at one budget one codebook's distortion is below two residual ones'"),
+    ("vq", "vq, finite scalar", "distortion", "at one budget a codebook's distortion is below a finite scalar grid's"),
+    ("autoencoder", "vq", "distortion", "without a bottleneck the distortion is lower than with codes"),
+    ("continuous", "vq, learned prior", "bits_per_dim", "the continuous VAE's -ELBO is below the best of the codes'"),
+)
+"""Model, model, figure, and what is expected of the first, whose figure should be the lower one."""
+
+
 def claims(cells: Cells) -> dict[str, bool]:
     """What is expected, where there are the cells; nothing here is made to hold."""
-    found: dict[str, bool] = {}
-
-    def lower(one: str, two: str, what: str, claim: str) -> None:
-        if one in cells and two in cells:
-            found[claim] = bool(np.min(cells[one][what]) < np.min(cells[two][what]))
-
-    lower("vq, learned prior", "vq", "bits_per_dim", "a learned prior lowers -ELBO in bits/dim")
-    lower(
-        "vq, 1024 codes, no revival", "vq, 1024 codes", "perplexity", "without revival the codes' perplexity is lower"
-    )
-    lower(
-        "vq", "categorical", "distortion", "at one budget of codes the VQ-VAE's distortion is below the categorical's"
-    )
-    lower("vq", "categorical", "bits_per_dim", "and so is its -ELBO under the uniform prior")
-    lower("autoencoder", "vq", "distortion", "without a bottleneck the distortion is lower than with codes")
-    lower(
-        "continuous", "vq, learned prior", "bits_per_dim", "the continuous VAE's -ELBO is below the best of the codes'"
-    )
-    return found
+    there = [claim for claim in CLAIMS if claim[0] in cells and claim[1] in cells]
+    return {said: bool(np.min(cells[a][what]) < np.min(cells[b][what])) for a, b, what, said in there}
 
 
 def main(config: Config) -> None:
