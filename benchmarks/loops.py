@@ -507,6 +507,7 @@ def pythae_trainer(spec: VAE, x: np.ndarray, k: int, batch: int) -> Loop:
         no_cuda=True,
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        model.float()  # what pythae hands on is that, whatever torch's default
         trainer = BaseTrainer(model, BaseDataset(torch.as_tensor(x), torch.zeros(len(x))), training_config=config)
         trainer.prepare_training()
     trainer.callback_handler.callbacks = []  # no progress bars, no logs
