@@ -313,7 +313,7 @@ def _hierarchy_row(cells: Mapping[str, Any], cell: Mapping[str, Any]) -> list[st
     if "diverged" in cell:
         return [str(cell["layers"]), cell["guide"], cell["objective"], "diverged", "", "", "", ""]
     base = f"{cell['layers']}-{cell['guide']}"
-    alive = hierarchy_script.tops_alive(cells, f"{base}-{cell['objective']}") or []
+    alive = hierarchy_script.tops_alive(cell)
     gain = (
         None
         if cell["objective"] == "plain"

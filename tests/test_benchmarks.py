@@ -109,6 +109,15 @@ def test_claims_about_hierarchies_are_read_off_the_cells() -> None:
     }
 
 
+def test_a_warm_up_that_no_layer_has_time_for_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    from elbozoo.benchmarks import hierarchy
+
+    config = hierarchy.Config(data="digits", warmup=0.1, results=tmp_path / "r.json")
+    with pytest.raises(InvalidArgument, match="warmup must be finite and above 0"):
+        hierarchy.main(config)
+    assert not config.results.exists()
+
+
 def test_published_tables_are_printed() -> None:
     from elbozoo.benchmarks.papers import PAPERS
 

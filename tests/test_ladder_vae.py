@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache, partial
-from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -138,8 +137,8 @@ def test_the_top_rung_sees_the_data_from_the_start(engine: str) -> None:
 
     x = np.random.default_rng(0).normal(size=(64, 100))
 
-    def spread(hidden_gain: float) -> float:
-        spec = LadderVAE(100, (4,) * 5, (100,) * 5, hidden_gain=hidden_gain)
+    def spread(**gains: float) -> float:
+        spec = LadderVAE(100, (4,) * 5, (100,) * 5, **gains)
         weights, features = initial_weights(engine, spec), x
         for rung in range(5):
             for layer in range(2):
@@ -148,7 +147,8 @@ def test_the_top_rung_sees_the_data_from_the_start(engine: str) -> None:
         loc = (features @ weights["encoders.4.layers.2.weight"].T)[:, :4]
         return float(loc.std(0).mean())
 
-    assert spread(sqrt(2)) > 5 * spread(1.0)
+    assert spread() > 5 * spread(hidden_gain=1.0)
+    assert spread() > 5 * spread(evidence_gain=0.1)
 
 
 def test_bad_gains() -> None:

@@ -106,13 +106,14 @@ class HierarchicalVAE(Hierarchy):
         output_gain: factor on the initial weights of every network's last layer. Scales are exponentials of what may be
             a tower of networks: beyond two layers, or with an activation without bounds, begin with 0.1.
         hidden_gain: factor on the hidden layers' initial weights; ``sqrt(2)`` keeps variances through (leaky)
-            rectifiers (He et al. 2015).
+            rectifiers, exactly between layers of one width (He et al. 2015, arXiv 1502.01852, eq. 10).
         likelihood: family of x given z_1.
         prior: family of z_L; not one that is made of q(z_L | x), which this guide does not have.
         guide: family of each z_l given what is below it.
 
     Raises:
-        InvalidArgument: no layer, ``hidden`` of another length than ``latent_dims``, or a ``VampPrior``.
+        InvalidArgument: no layer, ``hidden`` of another length than ``latent_dims``, a gain that is not above 0, or a
+            ``VampPrior``.
 
     Limits: L = 1 is :class:`~elbozoo.zoo.VAE` with its latent called ``z1``. The defaults are Burda et al.'s two-layer
     model. Under the ELBO the upper layers of this guide tend to collapse (``z_l`` then falls back on its prior): begin

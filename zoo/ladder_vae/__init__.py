@@ -43,21 +43,23 @@ class LadderVAE(Hierarchy):
         normalization: "none" or "layer", of every hidden layer.
         output_gain: factor on the initial weights of every decoder's last layer.
         hidden_gain: factor on the initial weights of every hidden layer, climbing or coming down; by default what
-            keeps variances through rectifiers, so that the upper rungs see the data from the start.
+            keeps variances through rectifiers (exactly, between layers of one width), so that the upper rungs see the
+            data from the start.
         evidence_gain: factor on the initial weights of the layers that the evidence comes from.
         likelihood: family of x given z_1.
         prior: family of z_L.
 
     Raises:
-        InvalidArgument: no layer, or ``hidden`` of another length than ``latent_dims``.
+        InvalidArgument: no layer, ``hidden`` of another length than ``latent_dims``, or a gain that is not above 0.
 
     Limits: L = 1 is a VAE with a diagonal Gaussian guide. The defaults are Sønderby et al.'s five layers, without
     batch normalisation (see ``docs/design/0004-hierarchies.md``). The plain ELBO ends in a bad minimum and one warm-up
-    for all layers leaves the upper ones dead; begin with ``LayerwiseAnnealedKL(warmup=…, delay=…, start=0.001)``, its
-    delay a small part of its warm-up, and see ``docs/benchmarks.md``.
+    for all layers leaves those above the second dead; begin with
+    ``LayerwiseAnnealedKL(warmup=…, delay=…, start=0.001)``, its delay a small part of its warm-up, and see
+    ``docs/benchmarks.md``.
 
     References: Sønderby, Raiko, Maaløe, Sønderby & Winther 2016, Ladder variational autoencoders, arXiv 1602.02282,
-        eqs. 10-16.
+        eqs. 10-16; He, Zhang, Ren & Sun 2015, Delving deep into rectifiers, arXiv 1502.01852, eq. 10.
 
     Example:
         >>> LadderVAE().latent_dims
