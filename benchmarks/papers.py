@@ -23,6 +23,9 @@ from elbozoo.inference.errors import CorruptFile, must
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
+LONGER = "_longer"
+"""Ends the name of a script's second result file, of fewer cells trained for longer."""
+
 HEAD = ("figure", "published", "ours ± s.e.", "K, data", "share of the budget", "where")
 NOT_RUN = "not run"
 
@@ -55,7 +58,7 @@ class Paper:
         arxiv: the paper's number there.
         table: which of its tables, or where else the figures are.
         protocol: how the published figures were made.
-        script: name of our script, and of its result file.
+        script: name of our script, and of its result files.
         config: the script's settings, a dataclass.
         full: settings under which the script follows the whole protocol.
         figures: the published numbers.
@@ -224,14 +227,12 @@ PAPERS = (
 
 
 def row(paper: Paper, figure: Figure, results: Path = RESULTS) -> list[str]:
-    """A line under :data:`HEAD`. Never a figure without its budget.
+    """A line under :data:`HEAD`, of the larger of our budgets. Never a figure without its budget.
 
     Raises: CorruptFile for a cell with our figure and without its budget.
     """
-    path, cells = results / f"{paper.script}.json", {}
-    if path.exists():
-        cells = json.loads(path.read_text())["cells"]
-    ours = {n: c for n, c in cells.items() if figure.name in c and all(c.get(k) == v for k, v in figure.cell.items())}
+    files = [results / f"{paper.script}{more}.json" for more in (LONGER, "")]
+    path, ours = next(((path, found) for path in files if (found := _cells(path, figure))), (files[-1], {}))
     published = figure.published if isinstance(figure.published, str) else f"{figure.published:.{paper.decimals}f}"
     if not ours:
         return [figure.what, published, NOT_RUN, "", "", ""]
@@ -249,6 +250,12 @@ def row(paper: Paper, figure: Figure, results: Path = RESULTS) -> list[str]:
         first,
         where,
     ]
+
+
+def _cells(path: Path, figure: Figure) -> dict[str, Any]:
+    """The cells of a result file that have our figure; none where there is no file."""
+    cells = json.loads(path.read_text())["cells"] if path.exists() else {}
+    return {n: c for n, c in cells.items() if figure.name in c and all(c.get(k) == v for k, v in figure.cell.items())}
 
 
 def _ours(figure: Figure, cells: Sequence[Mapping[str, Any]]) -> str:

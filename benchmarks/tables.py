@@ -1024,13 +1024,13 @@ def page() -> str:
         " otherwise.",
         published_tables(),
     ]
-    for name, writer in WRITERS.items():
-        path = RESULTS / f"{name}.json"
+    files = [(RESULTS / f"{name}{more}.json", name, more) for name in WRITERS for more in ("", papers.LONGER)]
+    for path, name, more in files:
         if not path.exists():
             continue
-        record = json.loads(path.read_text())
+        record, writer = json.loads(path.read_text()), WRITERS[name]
         parts += [
-            f"## `benchmarks/{name}.py`",
+            f"## `benchmarks/{name}.py`{', longer' if more else ''}",
             record["question"],
             writer(record),
             _checks(record),

@@ -9,7 +9,7 @@ import pyro
 import torch
 
 from elbozoo.inference.objectives import Objective
-from elbozoo.inference.pyro_engine import OWN, Loss, Program
+from elbozoo.inference.pyro_engine import OWN, Loss, Program, flushed_denormals
 from elbozoo.inference.pyro_graph import traced
 
 Moments = tuple[float, dict[str, np.ndarray], dict[str, np.ndarray], frozenset[str]]
@@ -20,7 +20,7 @@ def moments(
 ) -> Moments:
     """The mean bound, the mean and the variance of each gradient entry by name, and the guide's own names."""
     loss, at = Loss(objective), torch.tensor(step)
-    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), flushed_denormals():
         torch.manual_seed(seed)
         twin = program.fresh()
         inputs = twin._inputs(args)

@@ -27,6 +27,7 @@ from elbozoo.inference.pyro_engine import (
     OWN,
     OwnNumbers,
     Program,
+    flushed_denormals,
     kept_buffers,
     particle_plate,
     particles,
@@ -89,7 +90,8 @@ class Trainer:
         if redraw_pixels:  # grey ones are outside the likelihood's support
             example = ((example[0] > 0.5).to(example[0].dtype), *example[1:])
         self.nesting, self.own = None, OwnNumbers(objective)
-        with torch.random.fork_rng(devices=self.cuda):
+        # Here already: threads that torch starts take over how the thread that starts them treats small numbers.
+        with flushed_denormals(), torch.random.fork_rng(devices=self.cuda):
             torch.manual_seed(self.seed)
             self.program = program.fresh()
             for module in self.program._modules():
@@ -275,8 +277,15 @@ class Trainer:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Inside: the run's own parameter store and random state, no argument validation; the caller's come back."""
-        with self.program.parameters(), torch.random.fork_rng(devices=self.cuda), pyro.validation_enabled(False):
+        """Inside: the run's own parameter store and random state, no argument validation, no denormal numbers; the
+        caller's come back.
+        """
+        with (
+            self.program.parameters(),
+            torch.random.fork_rng(devices=self.cuda),
+            pyro.validation_enabled(False),
+            flushed_denormals(),
+        ):
             torch.set_rng_state(self.rng["rng"])
             for device in self.cuda:
                 torch.cuda.set_rng_state(self.rng["rng_cuda"], device)

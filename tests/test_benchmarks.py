@@ -48,8 +48,6 @@ def test_every_script_has_a_smoke_row() -> None:
 def test_smoke(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script as a user starts it, command line and all, but in this process: the engines are imported already."""
     command = [f"benchmarks/{name}.py", "--smoke", "--results", str(tmp_path / f"{name}.json")]
-    if name == "estimators":
-        command += ["--jobs", "2"]  # whose workers must find what the script is made of
     if name in ("instruments", "iwae_mnist"):
         command += ["--checkpoints", str(tmp_path / "checkpoints")]
     monkeypatch.setattr(sys, "argv", command)
@@ -61,6 +59,20 @@ def test_smoke(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert record["checks"]
     assert record["versions"]
     assert record["machine"]["cpu"]
+
+
+@pytest.mark.numpyro
+def test_worker_processes_can_import_what_the_sweep_measures_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They cannot look into the script that was started."""
+    from elbozoo.benchmarks import estimators
+
+    grids: list[Any] = []
+    monkeypatch.setattr(estimators, "measure_all", lambda grid, *_, **__: grids.append(grid))
+    monkeypatch.setattr(sys, "argv", ["estimators.py", "--smoke", "--results", str(tmp_path / "r.json")])
+    runpy.run_path(str(ROOT / "benchmarks" / "estimators.py"), run_name="__main__")
+    assert [grid.measure for grid in grids] == [estimators.measure]
 
 
 def test_tables_are_generated_from_the_results() -> None:
@@ -217,6 +229,14 @@ def test_no_published_figure_is_without_its_budget(tmp_path: Path) -> None:
     ]
     write("iwae_mnist", a={**cell, "share_of_protocol": 0.25}, b={**cell, "nll": 92.125, "share_of_protocol": 0.25})
     assert papers.row(burda, nll, tmp_path)[2] == "91.1 ± 1.0 (2 seeds)"
+    write("iwae_mnist_longer", here={**cell, "nll": 88.0, "share_of_protocol": 0.5})
+    assert papers.row(burda, nll, tmp_path)[2:] == [
+        "88.00 ± 0.25 (1 seed)",
+        "K = 7, 9 data",
+        "50.00%",
+        "iwae_mnist_longer.json: here",
+    ]
+    write("iwae_mnist_longer")
     write("iwae_mnist", a={**cell, "share_of_protocol": 0.25}, b={**cell, "share_of_protocol": 0.5})
     with pytest.raises(CorruptFile, match="be of one budget"):
         papers.row(burda, nll, tmp_path)

@@ -878,3 +878,43 @@ def test_any_torch_optimiser_resumes(tmp_path: Path) -> None:
     linear("pyro", optimizer=make, epochs=2, directory=tmp_path / "run")
     resumed = linear("pyro", optimizer=make, epochs=4, directory=tmp_path / "run", resume=True)
     assert same_weights(whole.weights, resumed.weights)
+
+
+@pytest.mark.pyro
+@pytest.mark.parametrize("before", [False, True])
+def test_torch_trains_without_denormal_numbers_and_gives_the_callers_setting_back(before: bool) -> None:
+    """A step is a hundred times slower where products are full of them."""
+    import pyro
+    import pyro.distributions as dist
+    import torch
+    from pyro.infer import SVI
+
+    from elbozoo.inference.pyro_engine import Loss, Program
+
+    seen: list[bool] = []
+
+    def flushed() -> bool:
+        return float(torch.tensor([2e-308], dtype=torch.float64) / 2) == 0.0
+
+    def model(x: Any) -> None:
+        seen.append(flushed())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def guide(x: Any) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("at", torch.tensor(0.0)), 1.0))
+
+    torch.set_flush_denormal(before)
+    try:
+        fit(Program(model, guide), GREY, epochs=2, batch_size=len(GREY), progress=False)
+        assert flushed() is before
+        SVI(model, guide, pyro.optim.SGD({"lr": 0.1}), Loss(ELBO())).step(
+            torch.as_tensor(GREY)
+        )  # a loop of the user's own
+        assert flushed() is before
+    finally:
+        torch.set_flush_denormal(False)
+    assert seen
+    assert all(seen)
