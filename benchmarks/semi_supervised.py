@@ -43,6 +43,7 @@ from elbozoo.inference import (
     class_probabilities,
     fit,
 )
+from elbozoo.inference.errors import must
 from elbozoo.zoo import MLP, Bernoulli, ContinuousBernoulli, SemiSupervisedVAE
 
 Cells = Mapping[str, dict[str, Any]]
@@ -75,7 +76,7 @@ class Config:
         objectives: of ``auxiliary``, ``sampled``, ``bound`` and ``classifier``.
         seeds: seeds, one run each.
         num_unlabelled: training images without a label.
-        epochs: passes over them.
+        epochs: passes over them with more than 100 labels.
         epochs_of_few: passes over them with at most 100 labels, where accuracy rises for longer.
         stages: parts of the training after each of which accuracy is measured.
         labelled_share: of each epoch, by repeating the labelled images.
@@ -199,9 +200,12 @@ def measure(config: Config, objective: str, num_labels: int, seed: int) -> dict[
 
 
 def mean_accuracy(cells: Cells, objective: str, num_labels: int) -> float | None:
-    """Over the seeds that there are; None without any."""
-    found = [c["accuracy"] for c in cells.values() if (c["objective"], c["labels"]) == (objective, num_labels)]
-    return float(np.mean(found)) if found else None
+    """Over the seeds that there are; None without any. Raises: InvalidArgument for seeds of several budgets."""
+    found = [c for c in cells.values() if (c["objective"], c["labels"]) == (objective, num_labels)]
+    if len(budgets := {c["epochs"] for c in found}) > 1:
+        todo = "Delete the cells of one of them"
+        raise must(f"cells of {objective}, {num_labels} labels", "be of one budget", f"epochs {budgets}", todo)
+    return float(np.mean([c["accuracy"] for c in found])) if found else None
 
 
 def published(objective: str, num_labels: int) -> float | None:

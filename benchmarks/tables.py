@@ -684,14 +684,15 @@ def discrete(record: dict[str, Any]) -> str:
             f"K = {first['num_particles']} on {first['num_data']} held-out images, which all cells share.",
             table(head, rows),
         ]
-    if "variances" in cells:
-        found = cells["variances"]
-        rows = [[name, f"{value:.3g}"] for name, value in found["variance"].items()]
+    if states := [cell for cell in cells.values() if "variance" in cell]:
+        first = states[0]
+        values = {name: [cell["variance"].get(name) for cell in states] for name in first["variance"]}
+        rows = [[n, *("not run" if value is None else f"{value:.3g}" for value in v)] for n, v in values.items()]
         parts += [
-            f"Variance of the gradient of the mean bound of one batch of {found['batch_size']}, summed over the "
-            f"guide's parameters of the linear net after {found['epochs']} epochs of VIMCO, from "
-            f"{found['num_gradients']} draws (unbiased estimators; one particle unless said otherwise):",
-            table(["estimator", "variance"], rows),
+            f"Variance of the gradient of the mean bound of one batch of {first['batch_size']}, summed over the "
+            f"guide's parameters of the linear net after some epochs of VIMCO, from {first['num_gradients']} draws "
+            "(unbiased estimators; one particle unless said otherwise; a learned baseline has had as many epochs):",
+            table(["estimator", *(f"after {cell['epochs']} epochs" for cell in states)], rows),
         ]
     if "curve" in cells:
         found = cells["curve"]

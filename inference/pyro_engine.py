@@ -958,6 +958,7 @@ def flushed_denormals() -> Iterator[None]:
 
     A processor is some hundred times slower with them, and training makes them: Adam's mean of a gradient that has
     become 0, and under ``Enumerate`` whatever is weighted by the probability of a class that is out of the question.
+    torch's own threads go by what held when they were started: those that are started inside keep it.
     """
     smallest = torch.tensor(torch.finfo(torch.float32).tiny, dtype=torch.float32, device="cpu")
     before = bool(smallest / 2 == 0)  # there is no other way to ask

@@ -277,8 +277,8 @@ class Trainer:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Inside: the run's own parameter store and random state, no argument validation, no denormal numbers; the
-        caller's come back.
+        """Inside: the run's own parameter store and random state, no argument validation, no denormal numbers; in
+        this thread the caller's come back.
         """
         with (
             self.program.parameters(),
@@ -317,6 +317,7 @@ class Trainer:
             torch.random.fork_rng(devices=self.cuda),
             torch.no_grad(),
             pyro.validation_enabled(False),
+            flushed_denormals(),
         ):
             torch.manual_seed(self.seed)  # the same noise every epoch, so that epochs compare
             for start in range(0, count, batch_size):

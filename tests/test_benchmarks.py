@@ -61,6 +61,25 @@ def test_smoke(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert record["machine"]["cpu"]
 
 
+def test_orders_of_variances_are_claimed_and_shown_state_by_state() -> None:
+    from elbozoo.benchmarks.discrete import claims
+    from elbozoo.benchmarks.tables import discrete
+
+    shared = {"batch_size": 7, "num_gradients": 9}
+    cells = {
+        "variances-2": {"epochs": 2, **shared, "variance": {"nvil": 3.0, "arm": 2.0, "disarm": 2.5}},
+        "variances-20": {"epochs": 20, **shared, "variance": {"nvil": 2.0, "arm": 4.0}},
+    }
+    assert claims(cells) == {
+        "after 2 epochs, the gradient's variance is larger under nvil than under arm": True,
+        "after 2 epochs, the gradient's variance is larger under arm than under disarm": False,
+        "after 20 epochs, the gradient's variance is larger under nvil than under arm": False,
+    }
+    head, _, *rows = discrete({"cells": cells, "config": {}}).splitlines()[2:]
+    assert head == "| estimator | after 2 epochs | after 20 epochs |"
+    assert rows == ["| nvil | 3 | 2 |", "| arm | 2 | 4 |", "| disarm | 2.5 | not run |"]
+
+
 @pytest.mark.numpyro
 def test_worker_processes_can_import_what_the_sweep_measures_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -35,6 +35,7 @@ from elbozoo.inference import (
     Run,
     ScoreFunction,
     fit,
+    gradient_noise,
 )  # fmt: skip
 from elbozoo.inference.data import batches, prepare
 from elbozoo.inference.errors import CorruptFile, InvalidArgument
@@ -883,7 +884,7 @@ def test_any_torch_optimiser_resumes(tmp_path: Path) -> None:
 @pytest.mark.pyro
 @pytest.mark.parametrize("before", [False, True])
 def test_torch_trains_without_denormal_numbers_and_gives_the_callers_setting_back(before: bool) -> None:
-    """A step is a hundred times slower where products are full of them."""
+    """Forward, backward and in the optimiser: a step is a hundred times slower where products are full of them."""
     import pyro
     import pyro.distributions as dist
     import torch
@@ -891,30 +892,45 @@ def test_torch_trains_without_denormal_numbers_and_gives_the_callers_setting_bac
 
     from elbozoo.inference.pyro_engine import Loss, Program
 
-    seen: list[bool] = []
+    seen: dict[str, list[bool]] = {"forward": [], "backward": [], "update": []}
 
     def flushed() -> bool:
         return float(torch.tensor([2e-308], dtype=torch.float64) / 2) == 0.0
 
+    class Watched(torch.optim.SGD):
+        def step(self, *args: Any) -> None:
+            seen["update"].append(flushed())
+            super().step(*args)
+
     def model(x: Any) -> None:
-        seen.append(flushed())
+        seen["forward"].append(flushed())
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
 
     def guide(x: Any) -> None:
+        at = pyro.param("at", torch.tensor(0.0)) * 1.0
+        if at.requires_grad:
+            at.register_hook(lambda g: seen["backward"].append(flushed()))
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(pyro.param("at", torch.tensor(0.0)), 1.0))
+            pyro.sample("z", dist.Normal(at, 1.0))
 
+    def broken(x: Any) -> None:
+        raise ValueError("of the user's")
+
+    program, x = Program(model, guide), torch.as_tensor(GREY)
     torch.set_flush_denormal(before)
     try:
-        fit(Program(model, guide), GREY, epochs=2, batch_size=len(GREY), progress=False)
+        gradient_noise(program, GREY, ELBO(), num_draws=2)
+        seen["forward"].clear()  # in the end it asks the guide once more, for its parameters
+        with_sgd = {"optimizer": lambda params: Watched(params, lr=0.1), "progress": False}
+        fit(program, GREY, valid=GREY, epochs=2, batch_size=len(GREY), **with_sgd)
         assert flushed() is before
-        SVI(model, guide, pyro.optim.SGD({"lr": 0.1}), Loss(ELBO())).step(
-            torch.as_tensor(GREY)
-        )  # a loop of the user's own
+        SVI(model, guide, pyro.optim.SGD({"lr": 0.1}), Loss(ELBO())).step(x)  # a loop of the user's own
+        assert flushed() is before
+        with pytest.raises(ValueError, match="of the user's"):
+            Loss(ELBO()).loss_and_grads(broken, guide, x)
         assert flushed() is before
     finally:
         torch.set_flush_denormal(False)
-    assert seen
-    assert all(seen)
+    assert {name: set(values) for name, values in seen.items()} == {name: {True} for name in seen}
