@@ -372,8 +372,13 @@ def loss_torch(spec: Any, k: int) -> Callable[[Any, Any], Any]:
 
 
 def hand_written_torch(spec: Any, x: np.ndarray, k: int, batch: int, *, steps: int | None = None) -> Loop:
-    """An eager loop, as one would write it: Sequentials, the loss above, torch's Adam (fused, the fastest here)."""
+    """An eager loop, as one would write it: Sequentials, the loss above, torch's Adam (fused, the fastest here).
+
+    Denormal numbers are flushed as in ``fit``: with them IWAE-50 takes twice as long, and ``fit`` would win by that.
+    """
     import torch
+
+    from elbozoo.inference.pyro_engine import flushed_denormals
 
     nets, loss_of, draw = nets_torch(spec), loss_torch(spec, k), orders(x, batch, steps)
     optimizer = torch.optim.Adam(nets.parameters(), lr=LEARNING_RATE, fused=True)
@@ -381,12 +386,13 @@ def hand_written_torch(spec: Any, x: np.ndarray, k: int, batch: int, *, steps: i
 
     def run() -> None:
         total = 0.0
-        for index in torch.from_numpy(draw()):
-            loss = loss_of(nets, data[index])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
+        with flushed_denormals():
+            for index in torch.from_numpy(draw()):
+                loss = loss_of(nets, data[index])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                total += loss.item()
 
     return run
 

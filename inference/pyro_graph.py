@@ -20,11 +20,18 @@ from elbozoo.inference.errors import ElbozooError
 aten = torch.ops.aten
 ALIASES = {aten.detach.default, aten.alias.default}
 RESHAPES = {aten.view.default, aten.expand.default, aten._unsafe_view.default, aten.reshape.default}
+TWICE = {aten.t.default, aten.neg.default}
+"""Operations that undo themselves."""
 UNITS = {
     aten.mul.Tensor: 1, aten.mul.Scalar: 1, aten.div.Tensor: 1, aten.div.Scalar: 1, aten.pow.Tensor_Scalar: 1,
     aten.sub.Tensor: 0,
 }  # fmt: skip
 """Operations and the second argument with which they give back the first; ``add`` of 0 makes 0.0 of -0.0."""
+LIKE: dict[Any, Callable[..., torch.Tensor]] = {
+    aten.ones_like.default: torch.ones,
+    aten.zeros_like.default: torch.zeros,
+}
+"""Operations that look at their argument's shape alone."""
 LARGEST = 2**20
 """Entries of a constant up to which it is worth its memory."""
 
@@ -73,7 +80,7 @@ def _same(node: Node) -> Node | None:
     first, *others = node.args or (None,)
     if not isinstance(first, Node):
         return None
-    if node.target is aten.t.default and first.target is aten.t.default:
+    if node.target in TWICE and first.target is node.target:
         return first.args[0]  # type: ignore[return-value]
     value, was = node.meta.get("val"), first.meta.get("val")
     if not isinstance(value, torch.Tensor) or not isinstance(was, torch.Tensor) or value.dtype != was.dtype:
@@ -123,6 +130,9 @@ def _fold(module: GraphModule) -> None:
             continue
         if node.target is aten.lift_fresh_copy.default:  # of a number; nobody else has the copy
             known[node] = getattr(module, node.args[0].target).clone()  # type: ignore[union-attr]
+        elif node.target in LIKE and isinstance(value := node.meta.get("val"), torch.Tensor):
+            if value.numel() <= LARGEST and value.is_contiguous():
+                known[node] = LIKE[node.target](value.shape, dtype=value.dtype, device=value.device)
         elif node.all_input_nodes and all(n in known for n in node.all_input_nodes):
             args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
             value = node.target(*args, **kwargs)
