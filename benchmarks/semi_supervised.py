@@ -37,6 +37,7 @@ from elbozoo.inference import (
     Adam,
     Classification,
     Enumerate,
+    NonFinite,
     Objective,
     ScoreFunction,
     accuracy,
@@ -156,7 +157,7 @@ def test_accuracy(config: Config, program: Any, images: np.ndarray, truth: np.nd
 
 
 def measure(config: Config, objective: str, num_labels: int, seed: int) -> dict[str, Any]:
-    """Train one cell, classifying the test images after each stage."""
+    """Train one cell, classifying the test images after each stage. One that diverges says where."""
     data = load(config.data, data_dir=config.data_dir)
     x, labels = training_data(config, data, objective, num_labels, seed)
     test, truth = data.test[: config.num_test], data.test_labels[: config.num_test]
@@ -167,41 +168,46 @@ def measure(config: Config, objective: str, num_labels: int, seed: int) -> dict[
     in_all = config.epochs_of_few if num_labels <= FEW else config.epochs
     stages = sorted({round(in_all * (i + 1) / config.stages) for i in range(config.stages)} - {0})
     accuracies: list[float] = []
+    named = {"objective": objective, "labels": num_labels, "seed": seed, "epochs": in_all, "num_train": len(x)}
     with tempfile.TemporaryDirectory() as folder:
         for epochs in stages:
-            run = fit(
-                program,
-                (x, labels),
-                objective=objective_of(objective, config.weight),
-                epochs=epochs,
-                batch_size=config.batch_size,
-                optimizer=Adam(config.learning_rate, average=config.average),
-                seed=seed,
-                binarize=BINARIZE[config.pixels],
-                directory=folder,
-                resume=True,
-            )
+            try:
+                run = fit(
+                    program,
+                    (x, labels),
+                    objective=objective_of(objective, config.weight),
+                    epochs=epochs,
+                    batch_size=config.batch_size,
+                    optimizer=Adam(config.learning_rate, average=config.average),
+                    seed=seed,
+                    binarize=BINARIZE[config.pixels],
+                    directory=folder,
+                    resume=True,
+                )
+            except NonFinite as error:
+                reached = dict(zip(map(str, stages), accuracies, strict=False))
+                return {**named, "diverged": f"at step {error.step}, site {error.site}", "accuracy_by_stage": reached}
             accuracies.append(test_accuracy(config, run.program, test, truth))
             print(f"{objective}, {num_labels} labels, {epochs} epochs: accuracy {accuracies[-1]:.3f}", flush=True)
     found, history = accuracies[-1], run.history
     return {
-        "objective": objective,
-        "labels": num_labels,
-        "seed": seed,
+        **named,
         "accuracy": found,
         "accuracy_se": float(np.sqrt(found * (1 - found) / len(truth))),
         "num_test": len(truth),
-        "epochs": in_all,
         "accuracy_by_stage": dict(zip(map(str, stages), accuracies, strict=True)),
-        "num_train": len(x),
         "train_seconds": sum(row["seconds"] for row in history),
         "bound_by_epoch": [row["bound"] for row in history],
     }
 
 
 def mean_accuracy(cells: Cells, objective: str, num_labels: int) -> float | None:
-    """Over the seeds that there are; None without any. Raises: InvalidArgument for seeds of several budgets."""
-    found = [c for c in cells.values() if (c["objective"], c["labels"]) == (objective, num_labels)]
+    """Over the seeds that there are and that did not diverge; None without any.
+
+    Raises: InvalidArgument for seeds of several budgets.
+    """
+    of_these = [c for c in cells.values() if (c["objective"], c["labels"]) == (objective, num_labels)]
+    found = [c for c in of_these if "accuracy" in c]
     if len(budgets := {c["epochs"] for c in found}) > 1:
         todo = "Delete the cells of one of them"
         raise must(f"cells of {objective}, {num_labels} labels", "be of one budget", f"epochs {budgets}", todo)
@@ -258,7 +264,8 @@ def main(config: Config) -> None:
     for cell in cells.values():
         known = published(cell["objective"], cell["labels"])
         beside = "" if known is None or config.data != "mnist" else f", published {known:.3f}"
-        print(f"{cell['objective']}, {cell['labels']} labels: accuracy {cell['accuracy']:.3f}{beside}")
+        what = f"diverged {cell['diverged']}" if "diverged" in cell else f"accuracy {cell['accuracy']:.3f}{beside}"
+        print(f"{cell['objective']}, {cell['labels']} labels: {what}")
     for claim, good in found.items():
         print(f"{'holds' if good else 'DOES NOT HOLD'}: {claim}")
 

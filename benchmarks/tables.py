@@ -803,15 +803,16 @@ def semi_supervised(record: dict[str, Any]) -> str:
     rows = []
     for cell in record["cells"].values():
         known = published(cell["objective"], cell["labels"]) if record["config"]["data"] == "mnist" else None
+        ended = "diverged" not in cell
         rows.append(
             [
                 cell["objective"],
                 str(cell["labels"]),
                 str(cell["seed"]),
                 f"{cell['num_train']}, {cell['epochs']}",
-                f"{cell['train_seconds']:.0f}",
+                f"{cell['train_seconds']:.0f}" if ended else "",
                 ", ".join(f"{found:.2f}" for found in cell["accuracy_by_stage"].values()),
-                f"{cell['accuracy']:.3f} ± {cell['accuracy_se']:.3f}",
+                f"{cell['accuracy']:.3f} ± {cell['accuracy_se']:.3f}" if ended else f"diverged {cell['diverged']}",
                 "" if known is None else f"{known:.3f}",
             ]
         )

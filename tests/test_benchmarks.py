@@ -61,6 +61,27 @@ def test_smoke(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert record["machine"]["cpu"]
 
 
+def test_seeds_of_few_labels_are_of_one_budget_and_those_that_diverged_do_not_count() -> None:
+    from elbozoo.benchmarks import semi_supervised, tables
+
+    def cell(objective: str, seed: int, **more: Any) -> dict[str, Any]:
+        return {"objective": objective, "labels": 100, "seed": seed, "epochs": 50, "num_train": 9, **more}
+
+    def ended(objective: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
+        figures = {"accuracy": accuracy, "accuracy_se": 0.01, "train_seconds": 3.0, "accuracy_by_stage": {"50": 0.5}}
+        return cell(objective, seed, **figures, **more)
+
+    cells = {"a": ended("auxiliary", 0, 0.9), "b": ended("auxiliary", 1, 0.95), "c": ended("classifier", 0, 0.8)}
+    cells["d"] = cell("classifier", 1, diverged="at step 7, site z", accuracy_by_stage={"10": 0.99})
+    assert semi_supervised.checks(cells, "mnist") == {
+        "100 labels: M2 with the auxiliary loss is at most 0.02 below the published accuracy": True,
+        "100 labels: M2 with the auxiliary loss classifies better than the classifier alone": True,
+    }
+    assert "| diverged at step 7, site z |" in tables.semi_supervised({"cells": cells, "config": {"data": "mnist"}})
+    with pytest.raises(InvalidArgument, match="cells of auxiliary, 100 labels must be of one budget"):
+        semi_supervised.checks(cells | {"e": ended("auxiliary", 2, 0.9) | {"epochs": 20}}, "mnist")
+
+
 def test_orders_of_variances_are_claimed_and_shown_state_by_state() -> None:
     from elbozoo.benchmarks.discrete import claims
     from elbozoo.benchmarks.tables import discrete
