@@ -15,6 +15,7 @@ import numpy as np
 
 from elbozoo.benchmarks import hierarchy as hierarchy_script
 from elbozoo.benchmarks import papers
+from elbozoo.benchmarks.estimators import objectives as estimator_objectives
 from elbozoo.benchmarks.estimators import slopes as estimator_slopes
 from elbozoo.benchmarks.guides import FAMILIES, LOCAL, ORDER, amortisation, gap, interval
 from elbozoo.benchmarks.iwae_mnist import PUBLISHED
@@ -362,10 +363,11 @@ def hierarchy_figure(record: dict[str, Any]) -> Figure:
 def estimators(record: dict[str, Any]) -> str:
     """Where each objective lands, what it costs and how noisy its gradient is; then the laws."""
     cells = list(record["cells"].values())
-    parts = []
-    for key, group in itertools.groupby(cells, lambda c: (c["data"], c["engine"], c["model"])):
-        here = list(group)
-        trained = {c["objective"]: c for c in here if c["kind"] == "training"}
+    parts, names = [], list(estimator_objectives(1, 1.0))
+    for key in dict.fromkeys((c["data"], c["engine"], c["model"]) for c in cells):  # cells of one may be far apart
+        here = [c for c in cells if (c["data"], c["engine"], c["model"]) == key]
+        training = sorted((c for c in here if c["kind"] == "training"), key=lambda c: names.index(c["objective"]))
+        trained = {c["objective"]: c for c in training}
         noise = next((c for c in here if c["kind"] == "gradients"), None)
         name = ", ".join(key)
         if trained:
