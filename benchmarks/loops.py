@@ -374,7 +374,7 @@ def loss_torch(spec: Any, k: int) -> Callable[[Any, Any], Any]:
 def hand_written_torch(spec: Any, x: np.ndarray, k: int, batch: int, *, steps: int | None = None) -> Loop:
     """An eager loop, as one would write it: Sequentials, the loss above, torch's Adam (fused, the fastest here).
 
-    Denormal numbers are flushed as in ``fit``: with them IWAE-50 takes twice as long, and ``fit`` would win by that.
+    Denormal numbers are flushed as in ``fit``, which would otherwise win by that alone under IWAE.
     """
     import torch
 

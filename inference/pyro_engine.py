@@ -956,7 +956,7 @@ class _WithGradientOf(torch.autograd.Function):
 def flushed_denormals() -> Iterator[None]:
     """Inside, this thread takes numbers nearer to 0 than the smallest normal one for 0, as XLA does throughout.
 
-    A processor is some hundred times slower with them, and training makes them: Adam's mean of a gradient that has
+    A processor is many times slower with them, and training makes them: Adam's mean of a gradient that has
     become 0, and under ``Enumerate`` whatever is weighted by the probability of a class that is out of the question.
     torch's own threads go by what held when they were started: those that are started inside keep it.
     """

@@ -18,7 +18,8 @@ from scipy import stats
 
 from elbozoo.benchmarks import records
 from elbozoo.benchmarks.records import Record
-from elbozoo.inference.errors import CorruptFile, InvalidArgument
+from elbozoo.inference import fit
+from elbozoo.inference.errors import CorruptFile, InvalidArgument, NonFinite
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SCRIPTS = {"__init__", "datasets", "grid", "loops", "papers", "records", "tables"}
@@ -82,6 +83,29 @@ def test_seeds_of_few_labels_are_of_one_budget_and_those_that_diverged_do_not_co
         semi_supervised.checks(cells | {"e": ended("auxiliary", 2, 0.9) | {"epochs": 20}}, "mnist")
 
 
+@pytest.mark.pyro
+def test_a_training_with_few_labels_that_diverges_says_where_and_how_far_it_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from elbozoo.benchmarks import semi_supervised
+
+    trained = semi_supervised.fit
+
+    def diverging(*args: Any, epochs: int, **settings: Any) -> Any:
+        if epochs > 1:
+            raise NonFinite("of no interest", "z", 7)
+        return trained(*args, epochs=epochs, **settings)
+
+    monkeypatch.setattr(semi_supervised, "fit", diverging)
+    small: dict[str, Any] = {"num_unlabelled": 40, "epochs_of_few": 2, "stages": 2, "hidden": 4, "num_test": 20}
+    config = semi_supervised.Config(data="digits", latent_dim=2, num_draws=1, **small)
+    found = semi_supervised.measure(config, "sampled", 20, 3)
+    assert found["diverged"] == "at step 7, site z"
+    assert (found["labels"], found["seed"], found["epochs"]) == (20, 3, 2)
+    assert list(found["accuracy_by_stage"]) == ["1"]
+    assert "accuracy" not in found
+
+
 def test_orders_of_variances_are_claimed_and_shown_state_by_state() -> None:
     from elbozoo.benchmarks.discrete import claims
     from elbozoo.benchmarks.tables import discrete
@@ -99,6 +123,23 @@ def test_orders_of_variances_are_claimed_and_shown_state_by_state() -> None:
     head, _, *rows = discrete({"cells": cells, "config": {}}).splitlines()[2:]
     assert head == "| estimator | after 2 epochs | after 20 epochs |"
     assert rows == ["| nvil | 3 | 2 |", "| arm | 2 | 4 |", "| disarm | 2.5 | not run |"]
+
+
+@pytest.mark.numpyro
+def test_a_learned_baseline_is_trained_on_the_minibatches_that_it_is_given() -> None:
+    """Not on the batch whose gradient's variance is measured: one that knew only blank images is worse there."""
+    from elbozoo.benchmarks import discrete
+    from elbozoo.benchmarks.datasets import load
+
+    config = discrete.Config(units=5, num_gradients=50)
+    digits = (load("digits").train[:60] > 0.5).astype(np.float32)
+    data = np.concatenate([digits, np.zeros_like(digits)])
+    program = discrete.net(config, "linear", 64).numpyro()
+    program = fit(program, digits, objective=discrete.ESTIMATORS["vimco-5"], epochs=1, batch_size=20).program
+    draw = np.random.default_rng(0)
+    batch, blank = draw.integers(0, 20, (300, 20)), draw.integers(60, 120, (300, 20))
+    found = [discrete.variance(config, program, discrete.ESTIMATORS["nvil"], data, order) for order in (batch, blank)]
+    assert found[1] > 1.2 * found[0]
 
 
 @pytest.mark.numpyro

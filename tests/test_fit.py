@@ -884,7 +884,7 @@ def test_any_torch_optimiser_resumes(tmp_path: Path) -> None:
 @pytest.mark.pyro
 @pytest.mark.parametrize("before", [False, True])
 def test_torch_trains_without_denormal_numbers_and_gives_the_callers_setting_back(before: bool) -> None:
-    """Forward, backward and in the optimiser: a step is a hundred times slower where products are full of them."""
+    """Forward, backward and in the optimiser: a step is many times slower where products are full of them."""
     import pyro
     import pyro.distributions as dist
     import torch
