@@ -64,6 +64,7 @@ from elbozoo.inference import (
 )
 from elbozoo.inference.errors import must
 from elbozoo.inference.parts import one_of
+from elbozoo.inference.psis import pareto_k
 from elbozoo.inference.shapes import Shape
 from elbozoo.zoo import MLP, VAE, CategoricalVAE, HierarchicalVAE, SigmoidBeliefNet, Spec
 
@@ -500,14 +501,13 @@ def laws(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
     """The gap of IWAE, and the signal-to-noise of its gradients, against K at the end of a training by it.
 
     A guide that the ELBO has trained is narrower than the posterior: its weights' variance, which the laws are in terms
-    of, need not be finite.
+    of, need not be finite. Whether it is, Pareto k̂ says: below 0.5. Its median is given over the held-out data that the
+    gap is of, and over the batch that the gradients are of.
     """
     train, test = images(config, cell["data"])
     program = states(config, cell, train, scratch, ("end",), LAWS_STATE)["end"]
     x, most = train[: config.batch_size], config.law_draws
-    log_weights = np.concatenate(
-        [program.apply(_log_weight, (test,), num_particles=most, seed=seed) for seed in range(4)]
-    ).astype(np.float64)
+    log_weights = _log_weights(program, test, most)
     counts = [2**j for j in range(int(math.log2(most)) + 1)]
     bounds = [float(np.mean(_iwae(log_weights, k))) for k in counts]
     particles = config.law_particles
@@ -515,7 +515,15 @@ def laws(config: Config, cell: Cell, scratch: Path) -> dict[str, Any]:
     for name, gradient in (("pathwise", Pathwise()), ("dreg", DReG())):
         noise = [gradient_noise(program, x, IWAE(k, gradient), num_draws=4 * config.num_draws) for k in particles]
         snr[name] = {part: [n.signal_to_noise(part) for n in noise] for part in ("model", "guide")}
-    return {"counts": counts, "bounds": bounds, "particles": list(particles), "snr": snr}
+    weights = {"gap": log_weights, "gradients": _log_weights(program, x, most)}
+    k_hat = {of: float(np.median(pareto_k(drawn))) for of, drawn in weights.items()}
+    return {"counts": counts, "bounds": bounds, "particles": list(particles), "snr": snr, "k_hat": k_hat}
+
+
+def _log_weights(program: Any, x: np.ndarray, num_particles: int) -> np.ndarray:
+    """Four times as many draws as one pass takes, ``(draws, data)``."""
+    passes = [program.apply(_log_weight, (x,), num_particles=num_particles, seed=seed) for seed in range(4)]
+    return np.concatenate(passes).astype(np.float64)
 
 
 def _log_weight(terms: Any) -> Any:
@@ -552,6 +560,9 @@ def slopes(cell: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+FINITE_VARIANCE = 0.5
+"""Pareto k̂ below which importance weights have a variance, and the laws are laws."""
+
 ORDER = [
     ("score", "score, running mean"),
     ("score, running mean", "nvil"),
@@ -563,13 +574,18 @@ ORDER = [
 
 
 def claims(cells: Mapping[str, Any]) -> dict[str, bool]:
-    """The known laws, where there are the cells; nothing here is made to hold."""
+    """The known laws, where there are the cells; nothing here is made to hold.
+
+    Those of IWAE are laws of weights with a finite variance, and are claimed where these are such.
+    """
     found: dict[str, bool] = {}
     for cell in cells.values():
         where = f"{cell['data']}, {cell['engine']}, {cell['model']}"
-        if cell["kind"] == "laws":
+        if cell["kind"] == "laws" and cell["k_hat"]["gap"] < FINITE_VARIANCE:
+            gap = slopes(cell)["gap"]
+            found[f"{where}: IWAE's gap falls as 1/K (slope of -1 within 0.25)"] = abs(gap + 1.0) < 0.25
+        if cell["kind"] == "laws" and cell["k_hat"]["gradients"] < FINITE_VARIANCE:
             power = slopes(cell)
-            found[f"{where}: IWAE's gap falls as 1/K (slope of -1 within 0.25)"] = abs(power["gap"] + 1.0) < 0.25
             law = f"{where}: the guide's signal-to-noise under IWAE falls as K^-1/2 (within 0.25)"
             found[law] = abs(power["pathwise, guide"] + 0.5) < 0.25
             found[f"{where}: under DReG it does not fall"] = power["dreg, guide"] > -0.1

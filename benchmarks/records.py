@@ -111,7 +111,8 @@ class Record:
         question: what the benchmark asks: the first paragraph of its docstring.
         config: its arguments (a frozen dataclass).
         engines: whose versions count.
-        grid: fields of ``config`` that say which cells there are; they may differ when a file is continued.
+        grid: fields of ``config`` that say which cells there are; they may differ when a file is continued, whose head
+            then has those of both.
         timed: whether what is claimed are times. If not, the file may be continued on another machine, which each
             cell measured there then names.
 
@@ -138,6 +139,7 @@ class Record:
                 raise must(str(self.path), "be of the same settings, versions and machine", f"other {other}", todo)
             if not timed:
                 kept["machine"] = found["machine"]
+            facts["config"] |= {name: _both(found["config"].get(name), facts["config"][name]) for name in grid}
         self.content = facts | kept
 
     def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -155,3 +157,10 @@ class Record:
 
     def save(self) -> None:
         write_result(self.path, self.content)
+
+
+def _both(before: Any, now: Any) -> Any:
+    """The values of a list that a file had, then those that are new; of anything else what it is now."""
+    if isinstance(before, list) and isinstance(now, list):
+        return [*before, *(value for value in now if value not in before)]
+    return now

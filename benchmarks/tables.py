@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elbozoo.benchmarks import discrete as discrete_script
 from elbozoo.benchmarks import hierarchy as hierarchy_script
 from elbozoo.benchmarks import papers
 from elbozoo.benchmarks.estimators import objectives as estimator_objectives
@@ -380,9 +381,14 @@ def estimators(record: dict[str, Any]) -> str:
         rows = []
         for cell in laws:
             power = estimator_slopes(cell)
-            rows.append([cell["data"], cell["engine"], *(f"{power[n]:.2f}" for n in power)])
-        head = ["data", "engine", *(f"{n}" for n in estimator_slopes(laws[0]))]
-        parts += ["**Laws**: exponents in K, of IWAE's gap and of the gradients' signal-to-noise.", table(head, rows)]
+            k_hat = [f"{cell['k_hat'][of]:.2f}" for of in ("gap", "gradients")]
+            rows.append([cell["data"], cell["engine"], *(f"{power[n]:.2f}" for n in power), *k_hat])
+        head = ["data", "engine", *(f"{n}" for n in estimator_slopes(laws[0])), "k̂: gap", "k̂: gradients"]
+        said = (
+            "**Laws**: exponents in K, of IWAE's gap and of the gradients' signal-to-noise. They are laws of weights "
+            "with a finite variance: of a Pareto k̂ (the median over data) below 0.5."
+        )
+        parts += [said, table(head, rows)]
     return "\n\n".join(parts)
 
 
@@ -670,22 +676,28 @@ def discrete(record: dict[str, Any]) -> str:
     if nets:
         first = next(iter(nets.values()))
         head = ["estimator", "K in training", *(f"{net}: NLL ± s.e. (ELBO), seconds" for net in config["nets"])]
-        by_name = {name: {n: nets.get(f"{n}-{name}") for n in config["nets"]} for name in config["estimators"]}
+        by_name = {
+            name: [list(discrete_script.by_seed(cells, net, name).values()) for net in config["nets"]]
+            for name in config["estimators"]
+        }
         rows = [
             [
                 name,
-                next(str(c["training_particles"]) for c in found.values() if c),
-                *map(_discrete_cell, found.values()),
+                next(str(seeds[0]["training_particles"]) for seeds in found if seeds),
+                *map(_discrete_cell, found),
             ]
             for name, found in by_name.items()
-            if any(found.values())
+            if any(found)
         ]
         parts += [
             f"{config['num_train']} images, {config['epochs']} epochs in batches of {config['batch_size']} "
-            f"({first['share_of_protocol']:.2%} of the images that the paper's protocol sees), one seed; NLL with "
-            f"K = {first['num_particles']} on {first['num_data']} held-out images, which all cells share.",
+            f"({first['share_of_protocol']:.2%} of the images that the paper's protocol sees); NLL with "
+            f"K = {first['num_particles']} on {first['num_data']} held-out images, which all cells share; means over "
+            "seeds with their standard errors, which of one seed is that of the choice of images.",
             table(head, rows),
         ]
+        if over := _discrete_differences(cells, config):
+            parts.append(table(["linear net", "NLL higher by ± s.e., paired by seed"], over))
     if states := [cell for cell in cells.values() if "variance" in cell]:
         first = states[0]
         values = {name: [cell["variance"].get(name) for cell in states] for name in first["variance"]}
@@ -709,10 +721,24 @@ def discrete(record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _discrete_cell(cell: Mapping[str, Any] | None) -> str:
-    if cell is None:
+def _discrete_cell(seeds: Sequence[Mapping[str, Any]]) -> str:
+    if not seeds:
         return "not run"
-    return f"{cell['nll']:.2f} ± {cell['nll_se']:.2f} ({cell['elbo']:.2f}), {cell['train_seconds']:.0f}"
+    nll, elbo, seconds = ([cell[name] for cell in seeds] for name in ("nll", "elbo", "train_seconds"))
+    error = seeds[0]["nll_se"] if len(seeds) == 1 else np.std(nll, ddof=1) / np.sqrt(len(seeds))
+    count = f"; {len(seeds)} seeds" if len(seeds) > 1 else ""
+    return f"{np.mean(nll):.2f} ± {error:.2f} ({np.mean(elbo):.2f}), {np.mean(seconds):.0f}{count}"
+
+
+def _discrete_differences(cells: Mapping[str, Any], config: Mapping[str, Any]) -> list[list[str]]:
+    """Every two estimators of the linear net that have several seeds in common."""
+    rows = []
+    for one, other in itertools.combinations(config["estimators"], 2):
+        higher = discrete_script.higher_nll(cells, "linear", one, other)
+        if len(higher) > 1:
+            error = np.std(higher, ddof=1) / np.sqrt(len(higher))
+            rows.append([f"{one} than {other}", f"{np.mean(higher):.2f} ± {error:.2f} ({len(higher)} seeds)"])
+    return rows
 
 
 # --- clusters -------------------------------------------------------------------------------------------------------

@@ -528,6 +528,9 @@ def _check_match(model_trace: Any, guide_trace: Any) -> None:
 
 # --- from traces to terms ---------------------------------------------------------------------------------------
 
+OF_DREAMS, OF_PLATES = 2**31 - 1, 2**31 - 2
+"""What is folded into a key, beside what it is split into."""
+
 
 def particles(
     key: jax.Array,
@@ -545,8 +548,9 @@ def particles(
 ) -> tuple[Terms, dict[str, Any]]:
     r"""Run guide and model for ``num_particles`` particles.
 
-    Keys are split as in NumPyro's ``RenyiELBO`` (one for plates, then one a particle), so that equal seeds draw
-    equal values.
+    Keys are split as in NumPyro's ``RenyiELBO`` (one for plates, then one a particle), or for one particle as in its
+    ``Trace_ELBO`` (neither; but what a plate subsamples has a key of its own, in common to model and guide), so that
+    equal seeds draw equal values. Every split is a loop of its own on a CPU, which beside a small model's step tells.
 
     Args:
         values: latents ``(K, …)`` by site in place of the guide's draws: the densities are theirs, and differentiable
@@ -556,10 +560,13 @@ def particles(
         The :class:`Terms` (with shapes ``(K, *P)``) and the new values of mutable sites (those of the first particle).
     """
     kwargs = dict(kwargs or {})
-    plate_key, key = random.split(key)
+    if num_particles == 1:
+        plate_key, keys = random.fold_in(key, OF_PLATES), key[None]  # which costs nothing where no plate subsamples
+    else:
+        plate_key, key = random.split(key)
+        keys = random.split(key, num_particles)
     hide = ["sample", "prng_key", "control_flow"]
     model, guide = seed(model, plate_key, hide_types=hide), seed(guide, plate_key, hide_types=hide)
-    keys = random.split(key, num_particles)
     layouts: list[_Layout] = []
     control_flow = _SeesControlFlow()
 
@@ -685,7 +692,7 @@ def particles(
 
     def dreamt() -> jax.Array:
         _refuse_control_flow(layout)
-        return dream(random.fold_in(keys[0], 2**31 - 1))[None]
+        return dream(random.fold_in(keys[0], OF_DREAMS))[None]
 
     terms = replace(
         _terms(out, layout, step, drawn),

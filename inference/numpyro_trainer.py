@@ -158,11 +158,13 @@ class Trainer:
 
     # --- one step, one epoch ---
 
-    def _batch(self, data: tuple, index: jax.Array, key: jax.Array) -> tuple:
+    def _batch(self, data: tuple, index: jax.Array, key: jax.Array) -> tuple[tuple, jax.Array]:
+        """The minibatch of a step, and the key that is left of the step's."""
         batch = self._spread(jax.tree.map(lambda a: a[self._spread(index)], data))
         if self.redraw_pixels:
-            batch = (random.bernoulli(key, batch[0]).astype(batch[0].dtype), *batch[1:])
-        return batch
+            pixel_key, key = random.split(key)
+            batch = (random.bernoulli(pixel_key, batch[0]).astype(batch[0].dtype), *batch[1:])
+        return batch, key
 
     def _terms(self, params: Params, mutable: Params, batch: tuple, key: jax.Array, step: jax.Array) -> Any:
         terms, mutable = particles(
@@ -179,8 +181,7 @@ class Trainer:
         return terms, mutable
 
     def _step(self, data: tuple, state: State, index: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        pixel_key, key = random.split(random.fold_in(state.key, state.step))
-        batch = self._batch(data, index, pixel_key)
+        batch, key = self._batch(data, index, random.fold_in(state.key, state.step))
 
         def loss(params: Params) -> tuple[jax.Array, Any]:
             terms, mutable = self._terms(params, state.mutable, batch, key, state.step)
@@ -302,9 +303,9 @@ class Trainer:
         """
         for replicate in range(self._count):
             state = self._replicate(replicate)
-            pixel_key, key = random.split(random.fold_in(state.key, state.step))
+            key = random.fold_in(state.key, state.step)
             with self._on_device(), validation_enabled(False):  # run op by op, NumPyro would refuse what is to be named
-                batch = self._batch(self.data, jnp.asarray(index[replicate]), pixel_key)
+                batch, key = self._batch(self.data, jnp.asarray(index[replicate]), key)
                 terms = partial(self._terms, mutable=state.mutable, batch=batch, key=key, step=state.step)
                 name = first_non_finite(terms(state.params)[0])
                 if not name:

@@ -125,6 +125,34 @@ def test_orders_of_variances_are_claimed_and_shown_state_by_state() -> None:
     assert rows == ["| nvil | 3 | 2 |", "| arm | 2 | 4 |", "| disarm | 2.5 | not run |"]
 
 
+def test_discrete_estimators_are_compared_by_the_seeds_that_they_have_in_common() -> None:
+    from elbozoo.benchmarks.discrete import claims
+    from elbozoo.benchmarks.tables import discrete
+
+    def cells(estimator: str, *nll: float) -> dict[str, Any]:
+        same = {"net": "linear", "estimator": estimator, "training_particles": 1, "share_of_protocol": 0.5}
+        same |= {"nll_se": 0.6, "elbo": -9.0, "train_seconds": 5.0, "num_particles": 3, "num_data": 2}
+        return {f"linear-{estimator}-{i}": {**same, "seed": i, "nll": value} for i, value in enumerate(nll)}
+
+    # all by less than 0.6; by how much does not change from seed to seed, though the seeds do
+    found = cells("nvil", 8.0, 9.0, 10.0) | cells("disarm", 7.9, 8.8, 9.9) | cells("arm", 9.0, 8.0)
+    found |= cells("rebar", 7.5)
+    assert claims(found) == {
+        "linear: rebar has a lower NLL than nvil, by more than the standard error of one": False,
+        "linear: arm has a lower NLL than nvil, by more than the standard error of their difference over 2 seeds": False,
+        "linear: disarm has a lower NLL than nvil, by more than the standard error of their difference over 3 seeds": (
+            True
+        ),
+    }
+    names = ["nvil", "arm", "disarm", "rebar", "score"]
+    config = {"nets": ["linear", "nonlinear"], "estimators": names, "num_train": 4, "epochs": 1, "batch_size": 2}
+    lines = discrete({"cells": found, "config": config}).splitlines()
+    assert "| nvil | 1 | 9.00 ± 0.58 (-9.00), 5; 3 seeds | not run |" in lines
+    assert "| rebar | 1 | 7.50 ± 0.60 (-9.00), 5 | not run |" in lines
+    assert "| nvil than disarm | 0.13 ± 0.03 (3 seeds) |" in lines
+    assert not any(line.startswith(("| score", "| nvil than rebar")) for line in lines)
+
+
 @pytest.mark.numpyro
 def test_a_learned_baseline_is_trained_on_the_minibatches_that_it_is_given() -> None:
     """Not on the batch whose gradient's variance is measured: one that knew only blank images is worse there."""
@@ -344,7 +372,11 @@ def test_a_result_file_is_of_one_setting(tmp_path: Path) -> None:
     more = Record(tmp_path / "r.json", "Q?\n\nA.", Config(100, seeds=(0, 1)), (), grid=("seeds",))
     assert more.cell("a", lambda: {"x": 2}) == {"x": 1}, "what is there is not measured again"
     more.check({"holds": True})
-    assert json.loads((tmp_path / "r.json").read_text())["note"] == "On one core."
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["note"] == "On one core."
+    assert found["config"] == {"hidden": 100, "seeds": [0, 1]}
+    less = Record(tmp_path / "r.json", "Q?\n\nA.", Config(100, seeds=(2, 1)), (), grid=("seeds",))
+    assert less.content["config"]["seeds"] == [0, 1, 2], "the head is that of all cells"
     with pytest.raises(InvalidArgument, match=r"be of the same settings.*config\.hidden"):
         Record(tmp_path / "r.json", "Q?\n\nA.", Config(200), (), grid=("seeds",))
 

@@ -101,7 +101,8 @@ def law(power: float, guide: float, dreg: float) -> dict[str, Any]:
         "dreg": {"model": [k**0.5 for k in particles], "guide": [k**dreg for k in particles]},
     }
     cell = {"kind": "laws", "data": "d", "engine": "e", "model": "vae", "counts": counts, "snr": snr}
-    return cell | {"bounds": [-3.0 * k**power for k in counts], "particles": particles}
+    cell |= {"bounds": [-3.0 * k**power for k in counts], "particles": particles}
+    return cell | {"k_hat": {"gap": 0.49, "gradients": 0.49}}
 
 
 def test_laws_are_read_off_the_figures() -> None:
@@ -109,7 +110,11 @@ def test_laws_are_read_off_the_figures() -> None:
         {"gap": -1.0, "pathwise, model": 0.5, "pathwise, guide": -0.5, "dreg, model": 0.5, "dreg, guide": 0.1}
     )
     assert list(claims({"a": law(-1.0, -0.5, 0.1)}).values()) == [True, True, True]
-    assert list(claims({"a": law(-0.5, 0.0, -0.5)}).values()) == [False, False, False]
+    wrong = law(-0.5, 0.0, -0.5)
+    assert list(claims({"a": wrong}).values()) == [False, False, False]
+    # no law of the gap, or of the gradients, without a variance of the weights that each is of
+    assert list(claims({"a": wrong | {"k_hat": {"gap": 0.51, "gradients": 0.49}}}).values()) == [False, False]
+    assert list(claims({"a": wrong | {"k_hat": {"gap": 0.49, "gradients": 0.51}}}).values()) == [False]
 
 
 def test_an_order_of_variances_is_claimed_where_both_are_there() -> None:

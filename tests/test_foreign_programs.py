@@ -512,6 +512,30 @@ def test_numpyro_renyi_at_equal_seeds(name: str, alpha: float, objective: Object
 
 
 @pytest.mark.numpyro
+def test_numpyro_trace_elbo_at_equal_seeds() -> None:
+    """One particle: the same loss and gradients to 1e-10 without a plate that subsamples."""
+    import jax
+    from numpyro.infer import Trace_ELBO
+
+    from elbozoo.inference.numpyro_engine import Loss
+
+    model, guide = numpyro_vae()
+    svi = numpyro_svi(model, guide, ELBO())
+    params = svi.get_params(svi.init(jax.random.key(0), PIXELS))
+
+    @oracles.compiled
+    def both(key: Any) -> Any:
+        losses = [loss.loss for loss in (Loss(ELBO(analytic_kl=False)), Trace_ELBO())]
+        return [jax.value_and_grad(lambda p, f=f: f(key, p, model, guide, PIXELS))(params) for f in losses]
+
+    for seed in (1, 2):
+        ours, theirs = both(jax.random.key(seed))
+        assert len(jax.tree.leaves(theirs)) >= 3
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.numpyro
 def test_numpyro_trace_elbo_in_distribution() -> None:
     """Mean and spread of the loss over 4000 keys; the mean of the gradient too."""
     import jax
