@@ -528,8 +528,8 @@ def _check_match(model_trace: Any, guide_trace: Any) -> None:
 
 # --- from traces to terms ---------------------------------------------------------------------------------------
 
-OF_DREAMS, OF_PLATES = 2**31 - 1, 2**31 - 2
-"""What is folded into a key, beside what it is split into."""
+OF_DREAMS, OF_PLATES, OF_CHOICES = 2**31 - 1, 2**31 - 2, 2**30
+"""What is folded into a key, beside what it is split into, which is what folding in 0 and 1 gives."""
 
 
 def particles(
@@ -659,7 +659,7 @@ def particles(
         return sum(densities[1:], start=densities[0])
 
     event_ndims: dict[str, int] = {}
-    calls = itertools.count(1)
+    calls = itertools.count(OF_CHOICES)
     each = _vectorizer(vectorize, num_particles)
     out = each(first, keys) if values is None else each(first, keys, dict(values))
     layout = layouts[-1]

@@ -181,7 +181,7 @@ class Trainer:
         return terms, mutable
 
     def _step(self, data: tuple, state: State, index: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        batch, key = self._batch(data, index, random.fold_in(state.key, state.step))
+        batch, key = self._batch(data, index, _key_of_step(state))
 
         def loss(params: Params) -> tuple[jax.Array, Any]:
             terms, mutable = self._terms(params, state.mutable, batch, key, state.step)
@@ -303,7 +303,7 @@ class Trainer:
         """
         for replicate in range(self._count):
             state = self._replicate(replicate)
-            key = random.fold_in(state.key, state.step)
+            key = _key_of_step(state)
             with self._on_device(), validation_enabled(False):  # run op by op, NumPyro would refuse what is to be named
                 batch, key = self._batch(self.data, jnp.asarray(index[replicate]), key)
                 terms = partial(self._terms, mutable=state.mutable, batch=batch, key=key, step=state.step)
@@ -368,6 +368,11 @@ class Trainer:
             )
         with self._on_device():
             self.state = self._everywhere(jax.tree_util.tree_unflatten(tree, [jnp.asarray(arrays[n]) for n in names]))
+
+
+def _key_of_step(state: State) -> jax.Array:
+    """Of all that a step draws. The first two of its kind are what :meth:`Program.init` splits the seed into."""
+    return random.fold_in(state.key, state.step + 2)
 
 
 def _final(state: State) -> Params:
