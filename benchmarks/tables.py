@@ -386,7 +386,7 @@ def estimators(record: dict[str, Any]) -> str:
         head = ["data", "engine", *(f"{n}" for n in estimator_slopes(laws[0])), "k̂: gap", "k̂: gradients"]
         said = (
             "**Laws**: exponents in K, of IWAE's gap and of the gradients' signal-to-noise. They are laws of weights "
-            "with a finite variance: of a Pareto k̂ (the median over data) below 0.5."
+            "with a finite variance, and claimed where the median over data of Pareto k̂ is below 0.5, nowhere else."
         )
         parts += [said, table(head, rows)]
     return "\n\n".join(parts)
@@ -692,8 +692,9 @@ def discrete(record: dict[str, Any]) -> str:
         parts += [
             f"{config['num_train']} images, {config['epochs']} epochs in batches of {config['batch_size']} "
             f"({first['share_of_protocol']:.2%} of the images that the paper's protocol sees); NLL with "
-            f"K = {first['num_particles']} on {first['num_data']} held-out images, which all cells share; means over "
-            "seeds with their standard errors, which of one seed is that of the choice of images.",
+            f"K = {first['num_particles']} on {first['num_data']} held-out images, which all cells share. Of "
+            "several seeds, their mean and its standard error given these images; of one, the error of the choice of "
+            f"images ({first['nll_se']:.2f} nats or thereabouts for every cell).",
             table(head, rows),
         ]
         if over := _discrete_differences(cells, config):
