@@ -289,7 +289,7 @@ def orders_of_nll(cells: Cells) -> dict[str, bool]:
         for worse, better in pairs:
             higher = higher_nll(cells, name, worse, better)
             if len(higher) > 1:
-                error = float(np.std(higher, ddof=1)) / np.sqrt(len(higher))
+                error = standard_error(higher)
                 by = f"of their difference over {len(higher)} seeds"
             elif higher:
                 both = by_seed(cells, name, worse).keys() & by_seed(cells, name, better).keys()
@@ -305,6 +305,11 @@ def higher_nll(cells: Cells, net: str, one: str, other: str) -> list[float]:
     """By how much ``one`` estimator ends above the ``other``, for every seed that both have."""
     worse, better = by_seed(cells, net, one), by_seed(cells, net, other)
     return [worse[seed]["nll"] - better[seed]["nll"] for seed in sorted(worse.keys() & better.keys())]
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean of several."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def by_seed(cells: Cells, net: str, estimator: str) -> dict[int, dict[str, Any]]:

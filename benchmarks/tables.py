@@ -726,7 +726,7 @@ def _discrete_cell(seeds: Sequence[Mapping[str, Any]]) -> str:
     if not seeds:
         return "not run"
     nll, elbo, seconds = ([cell[name] for cell in seeds] for name in ("nll", "elbo", "train_seconds"))
-    error = seeds[0]["nll_se"] if len(seeds) == 1 else np.std(nll, ddof=1) / np.sqrt(len(seeds))
+    error = seeds[0]["nll_se"] if len(seeds) == 1 else discrete_script.standard_error(nll)
     count = f"; {len(seeds)} seeds" if len(seeds) > 1 else ""
     return f"{np.mean(nll):.2f} ± {error:.2f} ({np.mean(elbo):.2f}), {np.mean(seconds):.0f}{count}"
 
@@ -737,7 +737,7 @@ def _discrete_differences(cells: Mapping[str, Any], config: Mapping[str, Any]) -
     for one, other in itertools.combinations(config["estimators"], 2):
         higher = discrete_script.higher_nll(cells, "linear", one, other)
         if len(higher) > 1:
-            error = np.std(higher, ddof=1) / np.sqrt(len(higher))
+            error = discrete_script.standard_error(higher)
             rows.append([f"{one} than {other}", f"{np.mean(higher):.2f} ± {error:.2f} ({len(higher)} seeds)"])
     return rows
 

@@ -940,23 +940,10 @@ def test_torch_trains_without_denormal_numbers_and_gives_the_callers_setting_bac
 def test_no_step_draws_by_a_key_that_the_initial_weights_came_from() -> None:
     """JAX's ``split(key)[i]`` is ``fold_in(key, i)``: a step by its number alone would meet the keys of ``init``."""
     import jax
-    import numpyro
 
-    from elbozoo.inference.numpyro_engine import particles
     from elbozoo.inference.numpyro_trainer import State, _key_of_step
 
     seed = jax.random.PRNGKey(0)
     initial = {tuple(np.asarray(key).tolist()) for key in jax.random.split(seed)}
     steps = [_key_of_step(State({}, None, None, {}, seed, jax.numpy.asarray(i))) for i in range(20)]
     assert not initial & {tuple(np.asarray(key).tolist()) for key in steps}
-
-    def guide(x: Any) -> None:
-        numpyro.sample("z", numpyro.distributions.Normal(numpyro.param("loc", 0.0), 1.0))
-
-    def model(x: Any) -> None:
-        numpyro.sample(
-            "x", numpyro.distributions.Normal(numpyro.sample("z", numpyro.distributions.Normal(0.0, 1.0))), obs=x
-        )
-
-    draws = [float(particles(key, {"loc": 0.0}, model, guide, (1.0,))[0].log_weight.squeeze()) for key in steps]
-    assert len(set(draws)) == len(draws)
